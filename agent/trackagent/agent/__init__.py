@@ -1,0 +1,1 @@
+"""The daemon that runs once on each node."""

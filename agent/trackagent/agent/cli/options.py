@@ -1,0 +1,103 @@
+"""Options that several commands share, and what they stand for: a configuration, an open store."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from trackagent.agent.cli import NothingThere
+from trackagent.agent.config import AgentConfig, load
+from trackagent.agent.errors import AgentError
+
+if TYPE_CHECKING:
+    from trackagent.agent.store.contract import Reader
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Field of AgentConfig → options of `start`, `run` and `config` that set it.
+FLAGS: dict[str, Callable[[Command], Command]] = {
+    "spool_bytes": click.option("--spool-bytes", metavar="BYTES", help="Cap of the spool."),
+    "max_batch_bytes": click.option(
+        "--max-batch-bytes", metavar="BYTES", help="Largest piece that a rank may send."
+    ),
+    "max_streams": click.option("--max-streams", metavar="N", help="Ranks connected at once."),
+    "group": click.option(
+        "--group", metavar="NAME", help="Unix group that may use the socket too."
+    ),
+    "deliver_interval_s": click.option(
+        "--deliver-interval-s", metavar="SECONDS", help="How long a record may wait."
+    ),
+    "drain_timeout_s": click.option(
+        "--drain-timeout-s", metavar="SECONDS", help="How long to deliver after being told to stop."
+    ),
+    "log_level": click.option(
+        "--log-level", metavar="LEVEL", help="debug, info, warning or error."
+    ),
+}
+
+
+def configured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --dir, --state and --config, and passes the configuration in effect as `config`."""
+
+    @click.option("--dir", "directory", metavar="DIR", help="Folder of socket and journals.")
+    @click.option("--state", "state_directory", metavar="DIR", help="Folder of spool and store.")
+    @click.option("--config", "file", metavar="FILE", type=Path, help="Configuration file (TOML).")
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        directory: str | None,
+        state_directory: str | None,
+        file: Path | None,
+        **rest: Any,
+    ) -> Any:
+        flags = {name: rest.pop(name) for name in list(rest) if name in FLAGS}
+        flags |= {"directory": directory, "state_directory": state_directory}
+        config, origins = load(flags, os.environ, file)
+        context = click.get_current_context()
+        context.obj = {"origins": origins, "flags": flags, "file": file}
+        return command(*args, config=config, **rest)
+
+    return wrapped
+
+
+def agent_flags(command: Command) -> Command:
+    """Adds a flag for every other setting of the agent; stands below `configured`."""
+    for option in reversed(FLAGS.values()):
+        command = option(command)
+    return command
+
+
+def json_option(command: Command) -> Command:
+    """Adds --json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+@contextmanager
+def opened_store(config: AgentConfig) -> Iterator[Reader]:
+    """The store of `config` for reading. NothingThere where nothing was stored yet, or for what is asked
+    inside and not found; AgentError when the store cannot be read."""
+    if not config.store_path.exists():
+        raise NothingThere(
+            f"no store in {config.state_directory}: nothing was logged yet, or it lies elsewhere "
+            "(--state, TRACKAGENT_STATE)"
+        )
+    # Not at the top: numpy, which most commands that open no store can do without.
+    from trackagent.agent.store import open_reader
+    from trackagent.agent.store.contract import NotFound, StoreError
+
+    try:
+        reader = open_reader(config.store_path)
+        try:
+            yield reader
+        finally:
+            reader.close()
+    except NotFound as error:
+        raise NothingThere(str(error)) from None
+    except StoreError as error:
+        raise AgentError(str(error)) from None

@@ -1,0 +1,272 @@
+"""`trackagent tail` and `trackagent export`: the points of a run as lines."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import fnmatch
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from trackagent.agent.cli import OK
+from trackagent.agent.cli.options import configured, json_option, opened_store
+from trackagent.agent.cli.output import jsonable, local, number, visible, warn_of_damage
+from trackagent.agent.config import AgentConfig
+from trackagent.agent.errors import AgentError
+
+if TYPE_CHECKING:
+    from trackagent.agent.store.contract import Event, ExportBlock, Reader
+
+FOLLOW_INTERVAL_S = 0.3
+CSV_COLUMNS = ("key", "source", "rank", "attempt", "step", "time_ns", "value")
+# Points turned into text at once: bounds the memory of a large block.
+SLICE_POINTS = 50_000
+
+
+@click.command("export")
+@configured
+@click.argument("run")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["jsonl", "csv"]),
+    default="jsonl",
+    show_default=True,
+    help="One JSON object a line, or comma-separated values with a heading.",
+)
+@click.option("--output", type=Path, metavar="FILE", help="Write there instead of to the screen.")
+@click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
+def export_command(
+    config: AgentConfig, run: str, form: str, output: Path | None, pattern: str
+) -> int:
+    """Print every stored point of a run.
+
+    One a line, in the order of storing. RUN is a run id, the beginning of one, a name, or
+    `latest`.
+
+    \b
+    Keys and columns: key, source, rank, attempt, step, time_ns, value.
+    Values are exact. NaN and infinities are "NaN", "Infinity" and "-Infinity" in
+    JSON, nan, inf and -inf in CSV. time_ns: nanoseconds since 1970-01-01 UTC.
+
+    \b
+    Examples:
+      trackagent export latest > points.jsonl
+      trackagent export 4f2a --format csv --output points.csv --key 'train/*'
+    """
+    lines = _jsonl_lines if form == "jsonl" else _csv_lines
+    with opened_store(config) as store, _destination(output) as out:
+        run_id = store.run(run).run_id
+        blocks = store.export(run_id)
+        if form == "csv":
+            out.write(",".join(CSV_COLUMNS) + "\n")
+        for block in blocks:
+            for text in lines(block, pattern):
+                out.write(text)
+        warn_of_damage(store.damage(run_id))
+    return OK
+
+
+@contextmanager
+def _destination(output: Path | None) -> Iterator[IO[str]]:
+    """Where to write; a file appears under its name only when it is complete."""
+    if output is None:
+        with _whole_stdout() as out:
+            yield out
+        return
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as out:
+            yield out
+        os.replace(partial, output)
+    except OSError as error:
+        raise AgentError(f"cannot write {output}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _whole_stdout() -> Iterator[IO[str]]:
+    """Standard output with a buffer of its own. Without one (PYTHONUNBUFFERED), Python takes a write that
+    was cut short, by a full disk or a reader that has gone, for a whole one."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except io.UnsupportedOperation:
+        # Not a file: a test reads it.
+        yield sys.stdout
+        return
+    with open(descriptor, "w", encoding="utf-8", newline="", closefd=False) as out:
+        yield out
+
+
+def _jsonl_lines(block: ExportBlock, pattern: str) -> Iterator[str]:
+    # Only the numbers differ from line to line, and their repr is JSON already.
+    tail = f'"source": {json.dumps(block.source)}, "rank": {block.rank}, "attempt": {block.attempt}'
+
+    def lines(key: str, points: Iterable[tuple[int, int, float]]) -> str:
+        head = f'{{"key": {json.dumps(key, ensure_ascii=False)}, {tail}, "step": '
+        return "".join(
+            f'{head}{step}, "time_ns": {time_ns}, "value": {_json_number(value)}}}\n'
+            for step, time_ns, value in points
+        )
+
+    return _sliced(block, pattern, lines)
+
+
+def _json_number(value: float) -> str:
+    # Differences of finite numbers are 0; those of NaN and infinities with themselves are NaN.
+    return repr(value) if value - value == 0.0 else f'"{jsonable(value)}"'
+
+
+def _csv_lines(block: ExportBlock, pattern: str) -> Iterator[str]:
+    def lines(key: str, points: Iterable[tuple[int, int, float]]) -> str:
+        quoted = io.StringIO()
+        csv.writer(quoted, lineterminator="").writerow((key, block.source))
+        head = f"{quoted.getvalue()},{block.rank},{block.attempt},"
+        return "".join(f"{head}{step},{time_ns},{value!r}\n" for step, time_ns, value in points)
+
+    return _sliced(block, pattern, lines)
+
+
+def _sliced(
+    block: ExportBlock,
+    pattern: str,
+    lines: Callable[[str, Iterable[tuple[int, int, float]]], str],
+) -> Iterator[str]:
+    for row, key in enumerate(block.keys):
+        if not fnmatch.fnmatchcase(key, pattern):
+            continue
+        for start in range(0, len(block.steps), SLICE_POINTS):
+            part = slice(start, start + SLICE_POINTS)
+            yield lines(
+                key,
+                zip(
+                    block.steps[part].tolist(),
+                    block.times_ns[part].tolist(),
+                    block.values[row, part].tolist(),
+                    strict=True,
+                ),
+            )
+
+
+@click.command("tail")
+@configured
+@json_option
+@click.argument("run", default="latest")
+@click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
+@click.option("--once", is_flag=True, help="Print what is stored now and end.")
+@click.option(
+    "--lines",
+    "-n",
+    "last",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="How many of the stored lines to begin with.",
+)
+def tail_command(
+    config: AgentConfig, as_json: bool, run: str, pattern: str, once: bool, last: int
+) -> int:
+    """Print the points and events of a run as they come.
+
+    Ends when the run has ended. RUN is a run id, the beginning of one, a name, or `latest` (the default).
+
+    \b
+    Examples:
+      trackagent tail
+      trackagent tail latest --key 'train/*' -n 100
+      trackagent tail 4f2a --once --json
+
+    \b
+    JSON, one object a line: {time_ns, source, step, attempt, values {key: value}}
+      for points, {time_ns, source, step, level, message, data} for events
+    """
+    show = _entry_json if as_json else _entry_text
+    with opened_store(config) as store:
+        run_id = store.run(run).run_id
+        news = _News(store, run_id, pattern)
+        # The status is read first: a run that has ended by then has nothing more to say after this read.
+        ended = store.run(run_id).status != "running"
+        for entry in collections.deque(news.read(), maxlen=last):
+            click.echo(show(entry))
+        damage = store.damage(run_id)
+        warn_of_damage(damage)
+        followed = not (ended or once)
+        while not (ended or once):
+            time.sleep(FOLLOW_INTERVAL_S)
+            ended = store.run(run_id).status != "running"
+            for entry in news.read():
+                click.echo(show(entry))
+        if followed:
+            warn_of_damage([one for one in store.damage(run_id) if one not in damage])
+    return OK
+
+
+class _News:
+    """What a run has got since the last read, in the order of storing: events, then points."""
+
+    def __init__(self, store: Reader, run_id: str, pattern: str) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._pattern = pattern
+        self._skip: dict[str, int] = {}
+        self._event = 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        for event in self._store.events(self._run_id, after=self._event):
+            self._event = event.id
+            yield _event_entry(event)
+        for block in self._store.export(self._run_id, skip=self._skip):
+            yield from _point_entries(block, self._pattern)
+
+
+def _event_entry(event: Event) -> dict[str, Any]:
+    return {
+        "time_ns": event.time_ns,
+        "source": event.source,
+        "step": event.step,
+        "level": event.level,
+        "message": event.message,
+        "data": event.data,
+    }
+
+
+def _point_entries(block: ExportBlock, pattern: str) -> Iterator[dict[str, Any]]:
+    rows = [row for row, key in enumerate(block.keys) if fnmatch.fnmatchcase(key, pattern)]
+    if not rows:
+        return
+    keys = [block.keys[row] for row in rows]
+    steps, times = block.steps.tolist(), block.times_ns.tolist()
+    for column, values in enumerate(block.values[rows].T.tolist()):
+        yield {
+            "time_ns": times[column],
+            "source": block.source,
+            "step": steps[column],
+            "attempt": block.attempt,
+            "values": dict(zip(keys, values, strict=True)),
+        }
+
+
+def _entry_json(entry: dict[str, Any]) -> str:
+    return json.dumps(jsonable(entry), ensure_ascii=False, allow_nan=False)
+
+
+def _entry_text(entry: dict[str, Any]) -> str:
+    moment = local(entry["time_ns"])
+    begin = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d}  {visible(entry['source'])}"
+    if entry["step"] is not None:
+        begin += f"  step {entry['step']}"
+    if "values" in entry:
+        values = "  ".join(f"{visible(k)}={number(v)}" for k, v in entry["values"].items())
+        return f"{begin}  {values}"
+    return f"{begin}  {entry['level']}: {visible(entry['message'])}"

@@ -1,0 +1,252 @@
+"""`trackagent show`: one run, with its curves drawn in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trackagent.agent.cli import OK, NothingThere
+from trackagent.agent.cli.options import configured, json_option, opened_store
+from trackagent.agent.cli.output import (
+    LEVEL_STYLES,
+    STATUS_STYLES,
+    clock,
+    columns,
+    console,
+    counted,
+    number,
+    print_json,
+    print_table,
+    safe,
+    since,
+    table,
+    visible,
+    warn_of_damage,
+)
+from trackagent.agent.config import AgentConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from trackagent.agent.store.contract import Event, Reader, RunSummary, SeriesInfo
+
+SHOWN_EVENTS = 10
+SHOWN_KEYS = 30
+DRAWN_KEYS = 3
+# What people look at first, as parts of keys.
+_FIRST = ("loss", "perplexity", "accuracy", "acc", "reward", "grad_norm", "lr")
+
+
+@click.command("show")
+@configured
+@json_option
+@click.argument("run", default="latest")
+@click.option(
+    "--key",
+    "patterns",
+    multiple=True,
+    metavar="PATTERN",
+    help="Draw the keys that match, such as 'train/*'; may be given again.  [default: a few]",
+)
+@click.option("--log", is_flag=True, help="Draw with a logarithmic y axis.")
+@click.option("--no-curves", is_flag=True, help="Draw nothing.")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=3, max=200),
+    default=12,
+    show_default=True,
+    metavar="N",
+    help="Height of a drawing.",
+)
+def show_command(
+    config: AgentConfig,
+    as_json: bool,
+    run: str,
+    patterns: tuple[str, ...],
+    log: bool,
+    no_curves: bool,
+    rows: int,
+) -> int:
+    """Show a run and draw its curves.
+
+    Facts, params, tags, events, losses and series come first. RUN is a run id, the beginning
+    of one, a name, or `latest` (the default). Every rank is a curve; the heavy line is the
+    mean of the ranks that logged a step.
+
+    \b
+    Examples:
+      trackagent show
+      trackagent show 4f2a --key 'train/*' --log
+      trackagent show latest --json | jq .lost_records
+
+    \b
+    JSON keys: those of `trackagent runs --json`, and params, tags,
+      losses {reason: records}, events [{id, time_ns, level, source, step,
+      message, data}], series [{key, source, points, first_step, last_step,
+      last_value}], damage [what of the points can no longer be read]
+    """
+    with opened_store(config) as store:
+        summary = store.run(run)
+        damage = store.damage(summary.run_id)
+        warn_of_damage(damage)
+        if as_json:
+            print_json({**_run_json(store, summary), "damage": damage})
+            return OK
+        series = store.series_list(summary.run_id)
+        drawn = [] if no_curves else _chosen(list(_by_key(series)), patterns)
+        out = console()
+        _print_facts(out, summary, store.losses(summary.run_id))
+        _print_settings(out, "params", store.params(summary.run_id))
+        _print_settings(out, "tags", store.tags(summary.run_id))
+        _print_events(out, store.events(summary.run_id))
+        _print_series(out, series)
+        _print_curves(out, store, summary.run_id, series, drawn, rows=rows, log=log)
+        hidden = summary.series and len(drawn) < len(_by_key(series))
+        if hidden and not patterns and not no_curves:
+            out.print(
+                f"\n{len(drawn)} of {len(_by_key(series))} keys drawn; choose with --key PATTERN"
+            )
+    return OK
+
+
+def _run_json(store: Reader, summary: RunSummary) -> dict[str, Any]:
+    run_id = summary.run_id
+    return {
+        **dataclasses.asdict(summary),
+        "params": store.params(run_id),
+        "tags": store.tags(run_id),
+        "losses": store.losses(run_id),
+        "events": [dataclasses.asdict(event) for event in store.events(run_id)],
+        "series": [dataclasses.asdict(one) for one in store.series_list(run_id)],
+    }
+
+
+def _print_facts(out: Console, run: RunSummary, losses: dict[str, int]) -> None:
+    title = safe(run.name, "bold")
+    title.append("  ")
+    title.append(run.status, STATUS_STYLES.get(run.status, ""))
+    out.print(title)
+    facts = table("", "")
+    facts.show_header = False
+    facts.add_row("run id", run.run_id)
+    facts.add_row("experiment", safe(run.experiment))
+    took = f"{since(run.start_time_ns, run.end_time_ns)}"
+    facts.add_row(
+        "started", f"{clock(run.start_time_ns)}, {took}{'' if run.end_time_ns else ' ago'}"
+    )
+    facts.add_row("ranks", f"{run.ranks} of {run.world_size}, attempt {run.attempt}")
+    if run.error:
+        facts.add_row("error", safe(run.error, "red"))
+    unknown = "not known before all ranks end" if run.status == "running" else "not known"
+    logged = unknown if run.records_logged is None else run.records_logged
+    style = "yellow" if run.records_logged not in (None, run.records_stored) else ""
+    facts.add_row("records", safe(f"{run.records_stored} stored, {logged} logged", style))
+    why = ", ".join(f"{reason} {count}" for reason, count in sorted(losses.items()))
+    lost = counted(run.lost_records, "record") + (f": {why}" if why else "")
+    facts.add_row("lost", safe(lost, "bold red" if run.lost_records else ""))
+    facts.add_row("points", f"{run.points} in {run.series} series")
+    print_table(out, facts)
+
+
+def _print_settings(out: Console, title: str, settings: dict[str, str]) -> None:
+    if not settings:
+        return
+    out.print(f"\n{title}", style="bold")
+    rows = table("", "")
+    rows.show_header = False
+    for key, value in sorted(settings.items()):
+        rows.add_row(safe(f"  {key}"), safe(value))
+    print_table(out, rows)
+
+
+def _print_events(out: Console, events: Sequence[Event]) -> None:
+    if not events:
+        return
+    hidden = len(events) - SHOWN_EVENTS
+    out.print(
+        "\nevents" + (f" (the last {SHOWN_EVENTS} of {len(events)})" if hidden > 0 else ""),
+        style="bold",
+    )
+    rows = table("", "", "", "")
+    rows.show_header = False
+    for event in events[-SHOWN_EVENTS:]:
+        where = event.source if event.step is None else f"{event.source} step {event.step}"
+        rows.add_row(
+            f"  {clock(event.time_ns)}",
+            safe(event.level, LEVEL_STYLES.get(event.level, "")),
+            safe(where),
+            safe(f"{event.message} {json.dumps(event.data)}" if event.data else event.message),
+        )
+    print_table(out, rows)
+
+
+def _print_series(out: Console, series: Sequence[SeriesInfo]) -> None:
+    """One row a key: a job of many ranks has more series than anyone reads."""
+    if not series:
+        return
+    out.print("\nseries", style="bold")
+    by_key = _by_key(series)
+    rows = table("  key", ">sources", ">points", ">first step", ">last step", "last value")
+    for key, found in list(by_key.items())[:SHOWN_KEYS]:
+        last = [one.last_value for one in found]
+        # Compared as text: NaN is equal to nothing, not even to itself.
+        ends = sorted({number(value) for value in (min(last), max(last))}, key=float)
+        rows.add_row(
+            safe(f"  {key}"),
+            str(len(found)),
+            str(sum(one.points for one in found)),
+            str(min(one.first_step for one in found)),
+            str(max(one.last_step for one in found)),
+            " to ".join(ends),
+        )
+    print_table(out, rows)
+    if len(by_key) > SHOWN_KEYS:
+        out.print(f"  and {len(by_key) - SHOWN_KEYS} more keys (--json lists them all)")
+
+
+def _print_curves(
+    out: Console,
+    store: Reader,
+    run_id: str,
+    series: Sequence[SeriesInfo],
+    keys: Sequence[str],
+    *,
+    rows: int,
+    log: bool,
+) -> None:
+    by_key = _by_key(series)
+    # Not at the top: `show --json` does without.
+    from trackagent.agent.cli.curves import read_curves
+    from trackagent.agent.draw import draw
+
+    for key in keys:
+        curves = read_curves(store, run_id, by_key[key])
+        out.print()
+        out.print(draw(visible(key), curves, width=columns(), rows=rows, log=log), end="")
+
+
+def _by_key(series: Sequence[SeriesInfo]) -> dict[str, list[SeriesInfo]]:
+    found: dict[str, list[SeriesInfo]] = {}
+    for one in series:
+        found.setdefault(one.key, []).append(one)
+    return found
+
+
+def _chosen(keys: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The keys that match a pattern; without patterns, the few that people look at first. NothingThere when
+    none matches."""
+    if patterns:
+        matching = [key for key in keys if any(fnmatch.fnmatchcase(key, p) for p in patterns)]
+        if not matching:
+            raise NothingThere(f"no key of this run matches {' or '.join(patterns)}")
+        return matching
+
+    def place(key: str) -> int:
+        return next((i for i, part in enumerate(_FIRST) if part in key.lower()), len(_FIRST))
+
+    return sorted(keys, key=place)[:DRAWN_KEYS]

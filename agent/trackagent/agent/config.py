@@ -1,0 +1,204 @@
+"""What an agent can be told, and the one place in this package that reads TRACKAGENT_* variables and the
+configuration file.
+
+A setting comes from, first found: a flag, the environment (TRACKAGENT_<NAME>; the folders: TRACKAGENT_DIR
+and TRACKAGENT_STATE), the configuration file, its default. The file is TOML with the field names below as
+keys; docs/config.sample.toml lists them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from trackagent.agent.errors import ConfigError
+from trackagent.client.config import (
+    MAX_SOCKET_PATH_BYTES,
+    SOCKET_NAME,
+    config_file,
+    default_directory,
+    default_state_directory,
+    read_config_file,
+)
+from trackagent.client.errors import ConfigError as ClientConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+STORE_NAME = "store.db"
+LOCK_NAME = "agent.lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Checked at construction, without touching files or network."""
+
+    directory: Path
+    """Folder of the socket and of the journals; in memory, the same for agent and training processes."""
+
+    state_directory: Path
+    """Folder of spool, store and overflow journals; on a local disk."""
+
+    spool_bytes: int = 4 * 1024 * 1024 * 1024
+    """Journal bytes kept for sinks that are behind; beyond it the ranks are asked to keep theirs."""
+
+    max_batch_bytes: int = 2 * 1024 * 1024
+    """Largest piece of a journal that a rank may send at once."""
+
+    max_streams: int = 1024
+    """Ranks (and processes that they forked) that may be connected at the same time."""
+
+    group: str | None = None
+    """Unix group that may use the socket too; None: only the user who runs the agent."""
+
+    deliver_interval_s: float = 0.5
+    """How long a received record may wait before it is delivered to the sinks."""
+
+    drain_timeout_s: float = 20.0
+    """How long an agent that is told to stop goes on delivering; the rest waits in its spool."""
+
+    log_level: str = "info"
+    """How much the agent says: debug, info, warning or error."""
+
+    def __post_init__(self) -> None:
+        for name in ("directory", "state_directory"):
+            if not getattr(self, name).is_absolute():
+                raise ConfigError(f"{name} is {getattr(self, name)}: give an absolute path")
+        if self.directory == self.state_directory:
+            raise ConfigError(f"directory and state_directory are both {self.directory}: give two")
+        if (length := len(os.fsencode(self.socket_path))) > MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(
+                f"the socket path {self.socket_path} has {length} bytes, the system allows "
+                f"{MAX_SOCKET_PATH_BYTES}: give a shorter directory"
+            )
+        for name, low, high in (
+            ("spool_bytes", 16 * 1024 * 1024, 1 << 50),
+            ("max_batch_bytes", 1024 * 1024, 64 * 1024 * 1024),
+            ("max_streams", 1, 65_536),
+            ("deliver_interval_s", 0.001, 3_600),
+            ("drain_timeout_s", 0, 86_400),
+        ):
+            # Written so that NaN is refused too.
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} is {getattr(self, name)}: give {low} to {high}")
+        if self.spool_bytes < 4 * self.max_batch_bytes:
+            raise ConfigError(
+                f"spool_bytes is {self.spool_bytes}: give at least 4 times max_batch_bytes, "
+                f"{4 * self.max_batch_bytes}"
+            )
+        if self.group == "":
+            raise ConfigError("group is empty: give the name of a unix group")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(f"log_level is {self.log_level!r}: give {', '.join(LOG_LEVELS)}")
+
+    @property
+    def socket_path(self) -> Path:
+        """Where the agent of `directory` listens."""
+        return self.directory / SOCKET_NAME
+
+    @property
+    def store_path(self) -> Path:
+        """The embedded store."""
+        return self.state_directory / STORE_NAME
+
+    @property
+    def lock_path(self) -> Path:
+        """The file that a running agent holds an flock on; its content is JSON: pid, started_ns, version."""
+        return self.directory / LOCK_NAME
+
+
+def load(
+    flags: Mapping[str, Any], environ: Mapping[str, str], file: Path | None = None
+) -> tuple[AgentConfig, dict[str, str]]:
+    """The configuration in effect, and for each field where its value came from: "flag --spool-bytes",
+    "environment TRACKAGENT_SPOOL_BYTES", "file /path" or "default".
+
+    flags: field name → value, None for a flag that was not given. file: the file that the user named; None
+    stands for TRACKAGENT_CONFIG, else config.toml in the user's configuration folder where it exists.
+    ConfigError names the flag, variable or key that is wrong."""
+    values: dict[str, Any] = {
+        "directory": default_directory(_without(environ, "TRACKAGENT_DIR")),
+        "state_directory": default_state_directory(_without(environ, "TRACKAGENT_STATE")),
+    }
+    origins = {field.name: "default" for field in fields(AgentConfig)}
+    path = file.absolute() if file is not None else config_file(environ)
+    given = {name: value for name, value in flags.items() if value is not None}
+    layers: tuple[tuple[Mapping[str, Any], Callable[[str], str]], ...] = (
+        (_from_file(path) if path else {}, lambda _: f"file {path}"),
+        (_from_environment(environ), lambda name: f"environment {variable(name)}"),
+        (given, lambda name: f"flag {flag(name)}"),
+    )
+    for layer, origin in layers:
+        for name, value in layer.items():
+            values[name] = _converted(name, value, origin(name))
+            origins[name] = origin(name)
+    try:
+        return AgentConfig(**values), origins
+    except ConfigError as error:
+        # The field that is wrong stands first in the message; add who set it.
+        where = origins.get(str(error).partition(" ")[0], "default")
+        raise ConfigError(f"{error} (from {where})") from None
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return {"directory": "TRACKAGENT_DIR", "state_directory": "TRACKAGENT_STATE"}.get(
+        name, f"TRACKAGENT_{name.upper()}"
+    )
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return {"directory": "--dir", "state_directory": "--state"}.get(
+        name, f"--{name.replace('_', '-')}"
+    )
+
+
+def _without(environ: Mapping[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in environ.items() if key != name}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    names = [field.name for field in fields(AgentConfig)]
+    return {name: text for name in names if (text := environ.get(variable(name)))}
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """The agent's keys; the table [client] is the training processes'."""
+    try:
+        values = read_config_file(path)
+    except ClientConfigError as error:
+        raise ConfigError(str(error)) from None
+    values.pop("client", None)
+    known = [field.name for field in fields(AgentConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise ConfigError(f"unknown key {key!r} in {path}: did you mean {near[0]}?")
+    return values
+
+
+def _converted(name: str, value: Any, origin: str) -> Any:
+    """`value` in the type of the field `name`; ConfigError names `origin` when it has another. Numbers may
+    be texts, except in a file, where TOML has numbers."""
+    annotation = str(next(field.type for field in fields(AgentConfig) if field.name == name))
+    what, accepted, convert = _KINDS[annotation]
+    texts = () if origin.startswith("file ") else (str,)
+    try:
+        if isinstance(value, bool) or not isinstance(value, (*accepted, *texts)):
+            raise ValueError
+        return convert(value)
+    except ValueError:
+        raise ConfigError(f"{name} is {value!r}: give {what} (from {origin})") from None
+
+
+# Annotation of a field → what to call it, the types it may be given in, conversion.
+_KINDS: dict[str, tuple[str, tuple[type, ...], Callable[[Any], Any]]] = {
+    "Path": ("a path", (str, Path), lambda value: Path(value).absolute()),
+    "int": ("a whole number", (int,), int),
+    "float": ("a number", (int, float), float),
+    "str": ("a text", (str,), str),
+    "str | None": ("a text", (str,), str),
+}

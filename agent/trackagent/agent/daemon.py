@@ -1,0 +1,167 @@
+"""The agent's process: takes its folders, starts the parts, and stops them in an order that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import trackagent.agent.store as store
+from trackagent.agent import server
+from trackagent.agent.config import AgentConfig
+from trackagent.agent.errors import AgentError
+from trackagent.agent.orphans import Orphans
+from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.sinks.store import StoreSink
+from trackagent.agent.spool import Spool
+from trackagent.client.journal import private_folder
+from trackagent.protos.v1 import agent_pb2
+
+logger = logging.getLogger(__name__)
+
+STOP_GRACE_S = 1.0
+LOCK_PATIENCE_S = 0.5
+
+
+def serve(config: AgentConfig) -> int:
+    """Runs an agent until SIGTERM or SIGINT, then drains it; the exit code. AgentError when it
+    cannot start."""
+    logging.getLogger("trackagent").setLevel(config.log_level.upper())
+    started_ns = time.time_ns()
+    version = importlib.metadata.version("trackagent")
+    try:
+        private_folder(config.directory)
+        private_folder(config.state_directory)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise AgentError(f"cannot use the agent's folders: {what}") from error
+    about = {"pid": os.getpid(), "started_ns": started_ns, "version": version}
+    with _held(config.lock_path, about), _held(config.state_directory / "agent.lock", about):
+        asyncio.run(_run(config, version, started_ns))
+    return 0
+
+
+async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
+    spool = Spool(config.state_directory / "spool.db", max_bytes=config.spool_bytes)
+    try:
+        writer = store.open_writer(config.store_path)
+    except BaseException:
+        spool.close()
+        raise
+    pipeline = Pipeline(
+        spool,
+        StoreSink(writer),
+        interval_s=config.deliver_interval_s,
+        dead_letters=config.state_directory / "dead-letters",
+    )
+    orphans = Orphans(
+        spool, config.directory, config.state_directory, config.state_directory / "quarantine"
+    )
+
+    def describe(response: agent_pb2.StatusResponse) -> None:
+        response.pid = os.getpid()
+        response.start_time_ns = started_ns
+        response.directory = str(config.directory)
+        response.state_directory = str(config.state_directory)
+        response.lost_records.update(pipeline.lost())
+        for sink in response.sinks:
+            if sink.name == pipeline.sink_name:
+                sink.state, sink.error = pipeline.state, pipeline.error
+
+    servicer = server.Servicer(spool, config, version, describe)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # Whoever connects to a socket that a killed agent left is refused; the lock says that it is nobody's.
+    config.socket_path.unlink(missing_ok=True)
+    mask = os.umask(0o177)
+    try:
+        listening = await server.start(
+            servicer, f"unix:{config.socket_path}", config.max_batch_bytes
+        )
+    except OSError as error:
+        raise AgentError(f"{error}; give another --dir") from error
+    finally:
+        os.umask(mask)
+    _open_to_group(config)
+    pipeline.start()
+    orphans.start()
+    logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
+    logger.info("runs are stored in %s", config.store_path)
+
+    await stop.wait()
+    logger.info("stopping: taking what is under way, then delivering what is spooled")
+    await listening.stop(STOP_GRACE_S)
+    config.socket_path.unlink(missing_ok=True)
+    await asyncio.to_thread(orphans.stop)
+    await asyncio.to_thread(pipeline.stop, config.drain_timeout_s)
+    left = (await asyncio.wrap_future(spool.statistics()))["batches"]
+    await asyncio.to_thread(spool.close)
+    if left:
+        logger.warning("%d batches stay in the spool: the next agent here delivers them", left)
+    else:
+        logger.info("stopped; everything received is stored")
+
+
+def _open_to_group(config: AgentConfig) -> None:
+    if config.group is None:
+        return
+    try:
+        shutil.chown(config.directory, group=config.group)
+        config.directory.chmod(0o710)
+        shutil.chown(config.socket_path, group=config.group)
+        config.socket_path.chmod(0o660)
+    except (LookupError, PermissionError) as error:
+        raise AgentError(
+            f"cannot open the socket to the group {config.group!r}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _held(path: Path, about: dict[str, object]) -> Iterator[None]:
+    """Holds the lock file, with `about` in it for others to read. AgentError names the process that
+    holds it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise AgentError(
+            f"cannot write {path}: {error.strerror}; give another folder with --dir or --state"
+        ) from error
+    try:
+        if not _locked(descriptor):
+            with contextlib.suppress(ValueError, AttributeError):
+                other = json.loads(os.pread(descriptor, 4096, 0)).get("pid")
+                raise AgentError(
+                    f"an agent already uses {path.parent} (pid {other}): use it, or `trackagent stop` it, "
+                    "or give this one other folders with --dir and --state"
+                ) from None
+            raise AgentError(f"another process holds {path}") from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Takes the lock; False when it stays another's. Commands that ask whether an agent runs hold it for a
+    moment, so one failure means nothing."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True

@@ -1,0 +1,207 @@
+"""From journal bytes to what they say: a delivery of the spool becomes a batch for a store.
+
+Pure: the same delivery always gives the same batch. Metric records, which are nearly all, are never looked
+at one by one, apart from their checksum: those of one schema become arrays in a few numpy calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trackagent.agent.spool import Delivery, SpooledBatch
+from trackagent.agent.store.contract import (
+    Batch,
+    EventData,
+    Floats,
+    Ints,
+    Loss,
+    Points,
+    ProducerEnd,
+    ProducerInfo,
+    Setting,
+)
+from trackagent.client import record
+from trackagent.client.record import NO_STEP, Kind
+
+# The keys of a schema id of a producer (by its number in the spool).
+Keys = Callable[[int, int], "tuple[str, ...] | None"]
+
+LEVELS = ("info", "warning", "error")
+STATUSES = ("finished", "failed", "killed")
+UNREADABLE = "unreadable records"
+# Records with more keys become several Points: stores limit their columns.
+MAX_KEYS_TOGETHER = 4096
+_SHOWN_PARTS = 10
+_SHOWN_CHARACTERS = 200
+
+
+@dataclass(slots=True)
+class _Decoded:
+    producers: dict[bytes, ProducerInfo] = field(default_factory=dict)
+    params: list[Setting] = field(default_factory=list)
+    tags: list[Setting] = field(default_factory=list)
+    events: list[EventData] = field(default_factory=list)
+    ends: list[ProducerEnd] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    metric_records: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
+    # (producer, keys) → arrays: steps (n,), times (n,), values (n, keys)
+    points: dict[tuple[bytes, tuple[str, ...]], list[tuple[Ints, Ints, Floats]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+
+def decode(delivery: Delivery, keys: Keys) -> Batch:
+    """What `delivery` says. Records that cannot be read are left out and counted as lost, and an event in
+    their run says what and why."""
+    decoded = _Decoded()
+    for spooled in delivery.batches:
+        decoded.producers[spooled.producer.producer_id] = spooled.producer
+        _decode_batch(spooled, keys, decoded)
+    return Batch(
+        id=delivery.id,
+        producers=list(decoded.producers.values()),
+        params=decoded.params,
+        tags=decoded.tags,
+        events=decoded.events,
+        points=[part for item in decoded.points.items() for part in _joined(*item)],
+        ends=decoded.ends,
+        losses=decoded.losses,
+        metric_records=dict(decoded.metric_records),
+    )
+
+
+def _joined(
+    series: tuple[bytes, tuple[str, ...]], parts: Sequence[tuple[Ints, Ints, Floats]]
+) -> Iterator[Points]:
+    producer_id, keys = series
+    steps = np.concatenate([steps for steps, _, _ in parts])
+    times_ns = np.concatenate([times for _, times, _ in parts])
+    values = np.concatenate([values for _, _, values in parts]).T
+    for first in range(0, len(keys), MAX_KEYS_TOGETHER):
+        columns = slice(first, first + MAX_KEYS_TOGETHER)
+        yield Points(
+            producer_id, keys[columns], steps, times_ns, np.ascontiguousarray(values[columns])
+        )
+
+
+def _decode_batch(spooled: SpooledBatch, keys: Keys, out: _Decoded) -> None:
+    data = spooled.journal_bytes
+    scan = record.scan(data)
+    # How many records at least, and what.
+    unreadable = [(1, f"{part.end - part.start} bytes: {part.reason}") for part in scan.damage]
+    if scan.end < len(data):
+        unreadable.append((1, f"{len(data) - scan.end} bytes at the end of a batch"))
+    if scan.offsets:
+        offsets = np.array(scan.offsets, dtype=np.int64)
+        octets = np.frombuffer(data, dtype=np.uint8)
+        kinds = octets[offsets + 8]
+        metrics = offsets[kinds == Kind.METRICS]
+        unreadable += _decode_metrics(spooled, metrics, keys, out)
+        for offset in offsets[kinds != Kind.METRICS].tolist():
+            try:
+                _decode_other(spooled, record.decode(data, offset), out)
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+                reason = f"{error!r:.{_SHOWN_CHARACTERS}}"
+                unreadable.append((1, f"a record of kind {data[offset + 8]}: {reason}"))
+    if unreadable:
+        records = sum(number for number, _ in unreadable)
+        parts = [what for _, what in unreadable]
+        out.losses.append(Loss(spooled.producer.producer_id, UNREADABLE, records, more=True))
+        out.events.append(
+            EventData(
+                producer_id=spooled.producer.producer_id,
+                time_ns=_last_time(data, scan.offsets),
+                level="error",
+                message=f"{UNREADABLE}: {'; '.join(parts[:_SHOWN_PARTS])}",
+                data={
+                    "lane": spooled.lane,
+                    "offset": spooled.first_offset,
+                    "parts": len(parts),
+                },
+            )
+        )
+
+
+def _decode_metrics(
+    spooled: SpooledBatch, offsets: Ints, keys: Keys, out: _Decoded
+) -> list[tuple[int, str]]:
+    """All METRICS records of a batch; returns how many could not be read, and of what."""
+    unreadable: list[tuple[int, str]] = []
+    data = spooled.journal_bytes
+    # Records start at multiples of 8, so all of their fields lie in these two views.
+    words = np.frombuffer(data, dtype="<i8", count=len(data) // 8)
+    numbers = words.view("<f8")
+    heads = words[offsets // 8 + 1]
+    producer_id = spooled.producer.producer_id
+    for head in np.unique(heads).tolist():
+        schema_id = head >> 16 & 0xFFFF
+        count = head >> 32 & 0xFFFFFFFF
+        starts = offsets[heads == head] // 8
+        names = keys(spooled.producer_number, schema_id)
+        whole = words[starts] & 0xFFFFFFFF == record.HEAD_BYTES + 8 * count
+        if names is None or len(names) != count or not _distinct(names):
+            whole[:] = False
+        if not whole.all():
+            bad = len(starts) - int(whole.sum())
+            unreadable.append((bad, f"{bad} records of schema {schema_id}"))
+        starts = starts[whole]
+        if names is None or not len(starts):
+            continue
+        values = numbers[starts[:, None] + np.arange(4, 4 + count)]
+        out.points[producer_id, names].append((words[starts + 2], words[starts + 3], values))
+        out.metric_records[producer_id] += len(starts)
+    return unreadable
+
+
+def _decode_other(spooled: SpooledBatch, found: record.Record, out: _Decoded) -> None:
+    producer_id, time_ns = spooled.producer.producer_id, found.time_ns
+    data: dict[str, Any] = dict(found.data or {})
+    # JSON may spell text that has no UTF-8; one such record must not make a store refuse the whole batch.
+    json.dumps(data, ensure_ascii=False).encode()
+    if found.kind == Kind.NAMED:
+        if not _distinct(found.keys):
+            raise ValueError("a key is empty or there twice")
+        values = np.array([found.values])
+        steps, times = np.array([found.step]), np.array([time_ns])
+        out.points[producer_id, found.keys].append((steps, times, values))
+        out.metric_records[producer_id] += 1
+    elif found.kind in (Kind.PARAMS, Kind.TAGS):
+        settings = out.params if found.kind == Kind.PARAMS else out.tags
+        settings += [Setting(producer_id, str(k), str(v), time_ns) for k, v in data.items()]
+    elif found.kind == Kind.EVENT:
+        level, message = data.pop("level"), data.pop("message")
+        step = None if found.step == NO_STEP else found.step
+        if level not in LEVELS:
+            raise ValueError(f"level {level!r}")
+        out.events.append(EventData(producer_id, time_ns, level, str(message), step, data))
+    elif found.kind == Kind.FINISH:
+        status, logged = data["status"], _count(data["records"], low=-1)
+        if status not in STATUSES:
+            raise ValueError(f"status {status!r}")
+        out.ends.append(ProducerEnd(producer_id, time_ns, status, str(data["error"]), logged))
+    elif found.kind == Kind.LOSS:
+        out.losses += [Loss(producer_id, reason, _count(n)) for reason, n in data.items()]
+
+
+def _distinct(keys: Sequence[str]) -> bool:
+    return len(set(keys)) == len(keys) and "" not in keys
+
+
+def _count(value: Any, low: int = 0) -> int:
+    """A number of records; OverflowError when it is none that fits a store."""
+    number = int(value)
+    if not low <= number < 1 << 63:
+        raise OverflowError(f"{value!r} records")
+    return number
+
+
+def _last_time(data: bytes, offsets: Sequence[int]) -> int:
+    """A time for an event about a batch, the same whenever it is decoded: that of its last readable
+    record."""
+    return int(record.HEAD.unpack_from(data, offsets[-1])[7]) if offsets else 0

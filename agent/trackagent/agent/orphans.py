@@ -1,0 +1,302 @@
+"""Journals without a sender: what a dead rank left, and what forked processes write.
+
+A journal whose lock is free belongs to nobody any more. It is read into the spool from where its
+sender had come to, the producer's end is noted (killed, unless it had said otherwise), and its
+folder is deleted. A journal whose owner lives is left alone, unless the owner is a forked process:
+that has no sender, so what it publishes is read as it comes.
+
+Crash-safe: everything goes through the spool, which keeps each byte once; a folder is deleted only after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import math
+import mmap
+import os
+import re
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trackagent.agent import producers
+from trackagent.agent.quarantine import set_aside
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import ProducerInfo
+from trackagent.client import record
+from trackagent.client.journal import LOCK_NAME
+from trackagent.client.record import Kind
+from trackagent.client.segment import HEADER_BYTES, SUFFIX, read_header
+
+logger = logging.getLogger(__name__)
+
+SCAN_INTERVAL_S = 1.0
+TIDY_INTERVAL_S = 3600.0
+READ_BYTES = 1024 * 1024
+_PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One segment file with records."""
+
+    path: Path
+    info: ProducerInfo
+    lane: int
+    base: int
+    number: int
+    acknowledged: int
+
+
+class Orphans(threading.Thread):
+    """Watches the journals of `directory` and `state_directory`. `quarantine`: where unreadable
+    segments go."""
+
+    def __init__(
+        self, spool: Spool, directory: Path, state_directory: Path, quarantine: Path
+    ) -> None:
+        super().__init__(name="orphans", daemon=True)
+        self._spool = spool
+        self._bases = [directory / "journals", state_directory / "journals"]
+        self._quarantine = quarantine
+        self._stopping = threading.Event()
+        # Live journals by name: whether a forked process writes it. They need no second look at their header.
+        self._live: dict[str, bool] = {}
+        # What stands in the way of a journal, by its name: told once.
+        self._problems: dict[str, str] = {}
+        self._reading = 0
+
+    @property
+    def reading(self) -> int:
+        """Journals of dead producers found and not yet wholly read."""
+        return self._reading
+
+    def run(self) -> None:
+        tidied = -math.inf
+        while not self._stopping.wait(SCAN_INTERVAL_S):
+            self.look()
+            if time.monotonic() - tidied > TIDY_INTERVAL_S:
+                tidied = time.monotonic()
+                self._tidy()
+
+    def _tidy(self) -> None:
+        """Lets the spool forget who ended long ago, but no one whose journal might come again."""
+        try:
+            kept = [bytes.fromhex(name) for base in self._bases for name in _folders(base)]
+            self._spool.forget_ended(kept).result()
+        except (OSError, sqlite3.Error) as error:
+            logger.warning("cannot tidy the spool: %s; trying again", error)
+
+    def stop(self) -> None:
+        """Ends after the journal under way, with a last look for what has ended meanwhile."""
+        self._stopping.set()
+        self.join()
+        self.look()
+
+    def look(self) -> None:
+        """Reads every journal that is to be read, once."""
+        try:
+            names = {name for base in self._bases for name in _folders(base)}
+        except OSError as error:
+            if self._problems.get("") != str(error):
+                logger.warning("cannot list the journals: %s; trying again", error)
+            self._problems[""] = str(error)
+            return
+        self._problems = {name: known for name, known in self._problems.items() if name in names}
+        self._live = {name: forked for name, forked in self._live.items() if name in names}
+        self._reading = len(names - self._live.keys())
+        for name in sorted(names):
+            try:
+                self._look_at(name)
+                self._problems.pop(name, None)
+            except Exception as error:  # noqa: BLE001 - it is tried again, and the others are read
+                if self._problems.get(name) != str(error):
+                    logger.warning("journal %s: %s; trying again", name, error)
+                self._problems[name] = str(error)
+        self._reading = 0
+
+    def _look_at(self, name: str) -> None:
+        folders = self._folders_of(name)
+        with contextlib.ExitStack() as locks:
+            if all(locks.enter_context(_locked(folder)) for folder in folders):
+                # One that was made before its owner died must not be missed.
+                if folders == self._folders_of(name):
+                    self._live.pop(name, None)
+                    self._adopt(folders)
+                return
+        if name not in self._live:
+            segments = list(self._segments(folders))
+            if segments:
+                self._live[name] = segments[0].info.forked
+        if self._live.get(name):
+            self._read(folders, live=True)
+
+    def _folders_of(self, name: str) -> list[Path]:
+        return [base / name for base in self._bases if (base / name).is_dir()]
+
+    def _adopt(self, folders: list[Path]) -> None:
+        info = self._read(folders, live=False)
+        if info is not None:
+            killed = {
+                "status": "killed",
+                "error": "the process ended without finish()",
+                "records": -1,
+            }
+            self._spool.end_producer(info.producer_id, _encode(Kind.FINISH, killed)).result()
+            logger.info(
+                "%s (run %s, pid %d) has ended: its journal is delivered",
+                info.source,
+                info.run_id,
+                info.pid,
+            )
+        for folder in folders:
+            shutil.rmtree(folder)
+
+    def _read(self, folders: list[Path], *, live: bool) -> ProducerInfo | None:
+        """Brings what the segments hold beyond what is committed into the spool; the producer, if
+        there is one."""
+        problems: list[str] = []
+        segments = sorted(
+            self._segments(folders, None if live else problems),
+            key=lambda found: (found.lane, found.base),
+        )
+        if not segments:
+            return None
+        info = segments[0].info
+        committed = self._spool.open_producer(info, {}).result()
+        for problem in problems:
+            event = {"level": "error", "message": problem}
+            self._spool.append_own(info.producer_id, _encode(Kind.EVENT, event)).result()
+        for found, following in zip(segments, [*segments[1:], None], strict=True):
+            more = following is not None and following.lane == found.lane
+            if live and more and following is not None and following.number != found.number + 1:
+                break  # the owner went on while the headers were read: the next look finds what is between
+            first = max(found.base, found.acknowledged)
+            if first > committed.get(found.lane, 0):
+                # What was before is delivered elsewhere or lost: go on with what there is.
+                committed = self._spool.open_producer(info, {found.lane: first}).result()
+            end = following.base if following is not None and more else None
+            self._read_segment(found, committed.get(found.lane, 0), end, live=live)
+            committed = self._spool.committed(info.producer_id).result()
+            if live and more:
+                # The owner has gone on to the next one; its mapping stays valid.
+                found.path.unlink(missing_ok=True)
+        return info
+
+    def _read_segment(
+        self, found: _Found, committed: int, lane_end: int | None, *, live: bool
+    ) -> None:
+        """Spools the segment's records from lane offset `committed` on. `lane_end`: where the next segment
+        goes on; None: in the last one, data ends with the last whole record."""
+        with found.path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with data, memoryview(data) as view:
+            start = max(committed - found.base, 0) + HEADER_BYTES
+            if start > HEADER_BYTES:
+                # This spool may be newer than what was delivered from here.
+                delivered = bytes(view[HEADER_BYTES : min(start, len(view))])
+                self._spool.open_producer(found.info, {}, [delivered]).result()
+            if start >= len(view):
+                return
+            scan = record.scan(view, start)
+            end = scan.end
+            if lane_end is not None:
+                end = max(end, min(lane_end - found.base + HEADER_BYTES, len(view)))
+            # In a live journal, a record published during the scan looks like damage.
+            for damage in [] if live else scan.damage:
+                logger.error(
+                    "%s: bytes %d to %d are unreadable (%s)",
+                    found.path,
+                    damage.start,
+                    damage.end,
+                    damage.reason,
+                )
+            for first, last in _pieces(scan.offsets, start, end):
+                self._spool.append(
+                    found.info.producer_id,
+                    found.lane,
+                    found.base + first - HEADER_BYTES,
+                    bytes(view[first:last]),
+                ).result()
+
+    def _segments(self, folders: list[Path], problems: list[str] | None = None) -> Iterator[_Found]:
+        """Those with records. Unreadable ones are left where they are; with `problems`, they are set aside,
+        and it says so there."""
+        for folder in folders:
+            for path in sorted(folder.glob(f"*{SUFFIX}")):
+                try:
+                    found = _found(path)
+                    if found is not None:
+                        yield found
+                except (ValueError, KeyError, TypeError, producers.BadIdentity) as error:
+                    if problems is not None:
+                        name = f"{folder.name}-{path.name}"
+                        target = set_aside(path, self._quarantine, name, str(error))
+                        problems.append(
+                            f"a journal segment is unreadable ({error}): set aside as {target}"
+                        )
+
+
+def _found(path: Path) -> _Found | None:
+    """The segment at `path`, None for a spare. ValueError and others, with what is wrong, when it cannot be
+    read."""
+    if not path.is_file():
+        raise ValueError("not a file")
+    with path.open("rb") as file:
+        header = read_header(file.read(HEADER_BYTES))
+        if header is None:
+            if any(file.read(8)):
+                raise ValueError("there are records but no header")
+            return None
+    producer_id = bytes.fromhex(str(header.identity["producer_id"]))
+    info = producers.checked({**header.identity, "producer_id": producer_id})
+    if producer_id.hex() != path.parent.name:
+        raise ValueError(f"it belongs to producer {producer_id.hex()}")
+    return _Found(path, info, header.lane, header.base, header.number, header.acknowledged)
+
+
+def _encode(kind: Kind, data: Mapping[str, object]) -> bytes:
+    return record.encode_json(kind, data, step=record.NO_STEP, time_ns=time.time_ns())
+
+
+def _pieces(offsets: list[int], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole records, together [start, end), each of about READ_BYTES."""
+    first = start
+    for offset in offsets:
+        if offset - first >= READ_BYTES:
+            yield first, offset
+            first = offset
+    if first < end:
+        yield first, end
+
+
+def _folders(base: Path) -> Iterator[str]:
+    """The journals' names; those that begin with a dot are being made, and what is named otherwise is
+    somebody else's."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in base.iterdir():
+            if _PRODUCER_ID.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                yield path.name
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Holds the journal's lock; False while its owner lives."""
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:  # its owner is deleting it just now
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)

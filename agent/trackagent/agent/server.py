@@ -1,0 +1,248 @@
+"""The gRPC side of the agent: checks what ranks send, has it spooled, and acknowledges what is committed."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from trackagent.agent import producers
+from trackagent.agent.config import AgentConfig
+from trackagent.agent.spool import OutOfOrder, Spool, SpoolFull, UnknownProducer
+from trackagent.agent.store.contract import ProducerInfo
+from trackagent.client.segment import MAX_LANES
+from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[object, object]
+
+PROTOCOL_VERSION = 1
+SERVICE = "trackagent.v1.Agent"
+# Batches of one stream that may await their commit; then the stream is not read, and gRPC holds the
+# Batches of one stream, and bytes of all of them, that may await their commit; then nothing more is read, and
+# gRPC holds the ranks back.
+MAX_UNCOMMITTED = 32
+MAX_UNCOMMITTED_BYTES = 64 * 1024 * 1024
+# Producers that one stream may speak for (a rank: one; an agent that forwards: its ranks).
+MAX_PRODUCERS = 1024
+# The offsets of all of a producer's lanes together fit 64 bits.
+MAX_OFFSET = 1 << 56
+
+
+class _Commits:
+    """What one stream has brought and not yet been told of, in order: a lane and its commit, or what is wrong
+    with a batch; None at the end."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[tuple[int, Future[int]] | str | None] = asyncio.Queue()
+        self.slots = asyncio.Semaphore(MAX_UNCOMMITTED)
+        self.producer_ids: set[bytes] = set()
+
+
+class Servicer(agent_pb2_grpc.AgentServicer):
+    """The Agent service. `describe` fills in what the service itself does not know (sinks, losses,
+    folders)."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        config: AgentConfig,
+        version: str,
+        describe: Callable[[agent_pb2.StatusResponse], None],
+    ) -> None:
+        self._spool = spool
+        self._config = config
+        self._version = version
+        self._describe = describe
+        self._streams = 0
+        self._connected: Counter[bytes] = Counter()
+        self._uncommitted_bytes = 0
+        self._room = asyncio.Event()
+
+    async def OpenRun(
+        self, request: agent_pb2.OpenRunRequest, context: Context
+    ) -> agent_pb2.OpenRunResponse:
+        if request.protocol_version != PROTOCOL_VERSION:
+            await _abort(
+                context,
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this agent ({self._version}) speaks protocol version {PROTOCOL_VERSION}, the client speaks "
+                f"{request.protocol_version}: install the same trackagent on both sides",
+            )
+        try:
+            info = _producer_info(request.producer)
+            held = _offsets(request.held)
+        except producers.BadIdentity as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        committed = await _result(self._spool.open_producer(info, held, request.schemas), context)
+        return agent_pb2.OpenRunResponse(
+            agent_version=self._version,
+            max_batch_bytes=self._config.max_batch_bytes,
+            committed=[
+                agent_pb2.LaneOffset(lane=lane, offset=offset)
+                for lane, offset in committed.items()
+                if lane < MAX_LANES
+            ],
+        )
+
+    async def Push(
+        self, requests: AsyncIterator[agent_pb2.PushRequest], context: Context
+    ) -> AsyncIterator[agent_pb2.PushResponse]:
+        if self._streams >= self._config.max_streams:
+            await _abort(
+                context,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"this agent serves {self._streams} streams, its limit: raise max_streams",
+            )
+        self._streams += 1
+        commits = _Commits()
+        reader = asyncio.create_task(self._read(requests, commits))
+        try:
+            while (item := await commits.queue.get()) is not None:
+                commits.slots.release()
+                if isinstance(item, str):
+                    await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, item)
+                lane, commit = item
+                offset = await _result(commit, context)
+                yield agent_pb2.PushResponse(lane=lane, offset=offset)
+        finally:
+            self._streams -= 1
+            self._connected.subtract(commits.producer_ids)
+            reader.cancel()
+
+    async def _read(
+        self, requests: AsyncIterator[agent_pb2.PushRequest], commits: _Commits
+    ) -> None:
+        try:
+            async for request in requests:
+                await commits.slots.acquire()
+                commits.queue.put_nowait(await self._taken(request, commits.producer_ids))
+        finally:
+            # Whatever ends the reading ends the answers.
+            commits.queue.put_nowait(None)
+
+    async def _taken(
+        self, request: agent_pb2.PushRequest, producer_ids: set[bytes]
+    ) -> tuple[int, Future[int]] | str:
+        """The lane of a batch and its commit, or what is wrong with it."""
+        size = len(request.journal_bytes)
+        if not 0 < size <= self._config.max_batch_bytes or size % 8 or request.first_offset % 8:
+            return (
+                f"a batch of {size} bytes at {request.first_offset}: expected whole records, "
+                f"at most {self._config.max_batch_bytes} bytes"
+            )
+        if request.lane >= MAX_LANES or request.first_offset >= MAX_OFFSET:
+            return f"offset {request.first_offset} of lane {request.lane}"
+        if request.producer_id not in producer_ids and len(producer_ids) < MAX_PRODUCERS:
+            producer_ids.add(request.producer_id)
+            self._connected[request.producer_id] += 1
+        while self._uncommitted_bytes and self._uncommitted_bytes + size > MAX_UNCOMMITTED_BYTES:
+            self._room.clear()
+            await self._room.wait()
+        self._uncommitted_bytes += size
+        commit = self._spool.append(
+            request.producer_id, request.lane, request.first_offset, request.journal_bytes
+        )
+        loop = asyncio.get_running_loop()
+        commit.add_done_callback(lambda _: loop.call_soon_threadsafe(self._give_room, size))
+        return request.lane, commit
+
+    def _give_room(self, size: int) -> None:
+        self._uncommitted_bytes -= size
+        self._room.set()
+
+    async def CloseRun(
+        self, request: agent_pb2.CloseRunRequest, context: Context
+    ) -> agent_pb2.CloseRunResponse:
+        try:
+            ends = _offsets(request.ends)
+        except producers.BadIdentity as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        committed = await _result(self._spool.committed(request.producer_id), context)
+        complete = all(committed.get(lane, 0) >= end for lane, end in ends.items())
+        if complete:
+            await _result(self._spool.end_producer(request.producer_id), context)
+        return agent_pb2.CloseRunResponse(complete=complete)
+
+    async def Status(
+        self, request: agent_pb2.StatusRequest, context: Context
+    ) -> agent_pb2.StatusResponse:
+        response = agent_pb2.StatusResponse(agent_version=self._version)
+        statistics = await _result(self._spool.statistics(), context)
+        for name in ("batches", "bytes", "received_bytes"):
+            setattr(response.spool, name, statistics[name])
+        for sink in statistics["sinks"]:
+            response.sinks.add(**sink)
+        for producer in statistics["producers"][:1000]:
+            info: ProducerInfo = producer["info"]
+            response.producers.add(
+                producer=agent_pb2.Producer(
+                    **{name: getattr(info, name) for name in ProducerInfo.__slots__}
+                ),
+                committed_bytes=producer["committed_bytes"],
+                state="connected" if self._connected[info.producer_id] else "disconnected",
+            )
+        self._describe(response)
+        return response
+
+
+async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.aio.Server:
+    """Serves `servicer` and grpc.health.v1 at `address`. OSError when it cannot listen there."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", max_batch_bytes + 64 * 1024),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    agent_pb2_grpc.add_AgentServicer_to_server(servicer, server)
+    health = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen at {address}: {error}") from error
+    await server.start()
+    for service in ("", SERVICE):
+        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    return server
+
+
+async def _result(job: Future[T], context: Context) -> T:
+    """What a job of the spool results in; ends the call where it fails."""
+    try:
+        # Wrapped only here: of a stream that broke, nobody asks for the rest.
+        return await asyncio.wrap_future(job)
+    except SpoolFull as error:
+        await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    except UnknownProducer as error:
+        await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+    except OutOfOrder as error:
+        await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except sqlite3.Error as error:
+        await _abort(context, grpc.StatusCode.INTERNAL, f"the spool cannot commit: {error}")
+
+
+async def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:
+    await context.abort(code, message)
+    raise AssertionError("abort returned")
+
+
+def _producer_info(message: agent_pb2.Producer) -> ProducerInfo:
+    return producers.checked({name: getattr(message, name) for name in ProducerInfo.__slots__})
+
+
+def _offsets(offsets: object) -> dict[int, int]:
+    found = {item.lane: item.offset for item in offsets}  # type: ignore[attr-defined]
+    for lane, offset in found.items():
+        if lane >= MAX_LANES or offset >= MAX_OFFSET or offset % 8:
+            raise producers.BadIdentity(f"offset {offset} of lane {lane}")
+    return found

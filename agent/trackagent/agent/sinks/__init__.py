@@ -1,0 +1,1 @@
+"""Where deliveries go: the contract, and what adapts each store to it."""

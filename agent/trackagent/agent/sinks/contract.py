@@ -1,0 +1,26 @@
+"""What a sink does with a delivery."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from trackagent.agent.store.contract import Batch
+
+
+class Sink(Protocol):
+    """Takes batches, one at a time, on one thread of its own.
+
+    `deliver` returns when the batch is accepted for good; a batch whose id was accepted before
+    changes nothing. store.contract.Rejected: it can never be accepted. Any other exception: kept,
+    to be tried again. `idle` is called between deliveries, unless there is a backlog of them; it
+    may work for about `deadline_s` seconds, and returns whether more is left to do. After `close`
+    nothing is called.
+    """
+
+    name: str
+
+    def deliver(self, batch: Batch) -> None: ...
+
+    def idle(self, deadline_s: float) -> bool: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,299 @@
+"""What every store does: take batches once, and answer questions about runs and series.
+
+Writing: one thread, one batch at a time. `write` returns when the whole batch is durable (fsynced) and
+visible to readers; a batch whose id was written before changes nothing. Any exception means that nothing of
+the batch was kept, except `Rejected`: the batch can never be written, do not retry. Batches arrive in any
+order.
+
+Reading: any thread or process, also while a batch is written; a reader sees whole batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+class StoreError(Exception):
+    """A store could not do what was asked; the message says what to do next."""
+
+
+class Rejected(StoreError):
+    """This batch can never be written; keep it aside with the reason."""
+
+
+class NotFound(StoreError):
+    """No such run, or more than one run matches."""
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class BatchId:
+    """Range [first, last] of spool sequence numbers of the spool `origin`: the same content always has the
+    same id, ranges of one origin never overlap without being equal."""
+
+    origin: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerInfo:
+    """Who logs; the fields of trackagent.v1.Producer."""
+
+    producer_id: bytes
+    run_id: str
+    attempt: int
+    rank: int
+    local_rank: int
+    world_size: int
+    node: str
+    pid: int
+    start_time_ns: int
+    experiment: str
+    run_name: str
+    forked: bool
+
+    @property
+    def source(self) -> str:
+        """The source of this producer's series: `rank 3`, or `rank 3 pid 4711` for what a rank forked."""
+        return f"rank {self.rank} pid {self.pid}" if self.forked else f"rank {self.rank}"
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Values that one producer logged together: keys sharing steps and times, in order of arrival.
+
+    steps: (n,), times_ns: (n,) nanoseconds since 1970-01-01 UTC, values: (len(keys), n) float64, bit-exact
+    (NaN payloads and -0.0 included).
+    """
+
+    producer_id: bytes
+    keys: tuple[str, ...]
+    steps: Ints
+    times_ns: Ints
+    values: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A param or a tag. Params are write-once: a second, different value is not stored but becomes
+    an event of level "warning"; an equal one changes nothing. Of two tags the one with the later
+    time stays."""
+
+    producer_id: bytes
+    key: str
+    value: str
+    time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class EventData:
+    """Something that happened in a run. level: "info", "warning" or "error"; step None: no step.
+    `data`: further fields as JSON."""
+
+    producer_id: bytes
+    time_ns: int
+    level: str
+    message: str
+    step: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerEnd:
+    """How a producer ended: status "finished", "failed" or "killed"; error "" or the exception in one line;
+    logged: number of metric records it says it logged, -1 when it could not say. The first end of a producer
+    stays, except that "killed" gives way to what the producer itself said."""
+
+    producer_id: bytes
+    time_ns: int
+    status: str
+    error: str
+    logged: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """`records` of a producer were lost for `reason`. more: True: `records` are in addition to what was
+    counted before; False: the count from the producer's beginning, the largest stays. A reason counted in
+    both ways has lost the largest count and all additions together."""
+
+    producer_id: bytes
+    reason: str
+    records: int
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one range of the spool says, in order of arrival within each kind. Every producer_id occurs in
+    `producers` of this batch or of one written before. metric_records: for each producer the number of metric
+    records (log calls) whose values stand in `points`."""
+
+    id: BatchId
+    producers: Sequence[ProducerInfo] = ()
+    params: Sequence[Setting] = ()
+    tags: Sequence[Setting] = ()
+    events: Sequence[EventData] = ()
+    points: Sequence[Points] = ()
+    ends: Sequence[ProducerEnd] = ()
+    losses: Sequence[Loss] = ()
+    metric_records: dict[bytes, int] = field(default_factory=dict)
+
+
+# --- what is read ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """A run as lists show it. status: "running" while any rank of the last attempt has not ended;
+    then "failed" if any failed, else "killed" if any was killed, else "finished" (forked producers
+    decide nothing). records_logged: sum of what ended producers say they logged, None while a rank is
+    running or when one could not say; of a forked producer that has not said, what it stored counts."""
+
+    run_id: str
+    name: str
+    experiment: str
+    status: str
+    attempt: int
+    world_size: int
+    start_time_ns: int
+    end_time_ns: int | None
+    error: str
+    ranks: int
+    series: int
+    points: int
+    records_stored: int
+    records_logged: int | None
+    lost_records: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An event as read: `source` as in ProducerInfo.source, `id` increasing in order of arrival."""
+
+    id: int
+    time_ns: int
+    level: str
+    source: str
+    step: int | None
+    message: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesInfo:
+    """One series of a run: key and source, number of points, first and last step, last value by step."""
+
+    key: str
+    source: str
+    points: int
+    first_step: int
+    last_step: int
+    last_value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points of one series ordered by step (equal steps by time, then in order of arrival); for a (key,
+    source, step) that several attempts logged, the last attempt's. All arrays (n,).
+    """
+
+    key: str
+    source: str
+    steps: Ints
+    times_ns: Ints
+    values: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """A series drawn in at most as many buckets as asked for, each over an equal number of points (the last
+    may have fewer); NaN values count in `count` but not in min, max and mean. All arrays (buckets,)."""
+
+    key: str
+    source: str
+    first_step: Ints
+    last_step: Ints
+    count: Ints
+    mean: Floats
+    min: Floats
+    max: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class ExportBlock:
+    """Points of one source for several keys as stored, attempts and repeated steps included."""
+
+    source: str
+    rank: int
+    attempt: int
+    keys: tuple[str, ...]
+    steps: Ints
+    times_ns: Ints
+    values: Floats  # (len(keys), n)
+
+
+class Writer(Protocol):
+    """The side that one sink holds."""
+
+    def write(self, batch: Batch) -> None: ...
+
+    def compact(self, deadline_s: float) -> bool:
+        """Merges small pieces for at most about `deadline_s` seconds; True when more is left to do."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Reader(Protocol):
+    """The side that people and pages use."""
+
+    def runs(
+        self, *, experiment: str | None = None, status: str | None = None, limit: int = 100
+    ) -> list[RunSummary]:
+        """Newest first."""
+        ...
+
+    def run(self, name: str) -> RunSummary:
+        """By run id, a unique prefix of one (at least 4 digits), `latest`, or the run's name where unique.
+        NotFound otherwise; the message lists candidates."""
+        ...
+
+    def params(self, run_id: str) -> dict[str, str]: ...
+
+    def tags(self, run_id: str) -> dict[str, str]: ...
+
+    def losses(self, run_id: str) -> dict[str, int]: ...
+
+    def events(self, run_id: str, after: int = 0) -> list[Event]: ...
+
+    def series_list(self, run_id: str) -> list[SeriesInfo]:
+        """Ordered by key, then by source (numbers in it as numbers)."""
+        ...
+
+    def series(self, run_id: str, key: str, source: str) -> Series: ...
+
+    def buckets(self, run_id: str, key: str, source: str, buckets: int) -> Buckets: ...
+
+    def export(self, run_id: str, *, skip: dict[str, int] | None = None) -> Iterator[ExportBlock]:
+        """Every stored point, in bounded memory. `skip` is a cursor that the call fills and a later
+        call takes to get only what arrived since (pass the same empty dict each time)."""
+        ...
+
+    def damage(self, run_id: str) -> list[str]:
+        """What of a run can no longer be read, and `series`, `buckets` and `export` therefore leave out:
+        each a line with points, keys, source and reason. Reads every point of the run, in bounded memory."""
+        ...
+
+    def close(self) -> None: ...

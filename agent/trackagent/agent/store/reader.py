@@ -1,0 +1,389 @@
+"""The reading side of the embedded store: each question is one short read-only transaction.
+
+Readers never wait for the writer and never make it wait.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from trackagent.agent.store import chunks, curves, database
+from trackagent.agent.store.contract import (
+    Buckets,
+    Event,
+    ExportBlock,
+    Ints,
+    NotFound,
+    RunSummary,
+    Series,
+    SeriesInfo,
+    StoreError,
+)
+
+_T = TypeVar("_T")
+
+_LEAST_PREFIX = 4
+_CANDIDATES = 5
+_NAMED_KEYS = 3
+_SUMMARY = ", ".join(
+    "e.name" if field.name == "experiment" else f"r.{field.name}" for field in fields(RunSummary)
+)
+_RUNS = f"SELECT {_SUMMARY} FROM runs r JOIN experiments e ON e.id = r.experiment"
+_NEWEST_FIRST = " ORDER BY r.start_time_ns DESC, r.run_id DESC"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """A stream of a run with what is known of its producer."""
+
+    id: int
+    producer_id: bytes
+    keyset: int
+    keys: tuple[str, ...]
+    source: str
+    rank: int
+    attempt: int
+    points: int
+
+
+class SqliteReader:
+    """A store.Reader on the SQLite file at `path`. Any number of threads may ask at the same time.
+
+    Raises StoreError when nothing has been stored at `path` yet. SeriesInfo.points and RunSummary.points
+    count what is stored, points of earlier attempts that a later one has replaced included.
+    """
+
+    def __init__(self, path: Path, *, opener: database.Opener = database.connect) -> None:
+        self._path = path
+        self._opener = opener
+        self._lock = threading.Lock()
+        self._idle: list[sqlite3.Connection] = []
+        self._closed = False
+        with self._connected("open the store"):
+            pass
+
+    def runs(
+        self, *, experiment: str | None = None, status: str | None = None, limit: int = 100
+    ) -> list[RunSummary]:
+        conditions, values = [], list[str | int]()
+        if experiment is not None:
+            conditions.append("r.experiment = (SELECT id FROM experiments WHERE name = ?)")
+            values.append(experiment)
+        if status is not None:
+            conditions.append("r.status = ?")
+            values.append(status)
+        where = " WHERE " + " AND ".join(conditions) if conditions else ""
+        with self._connected("list runs") as connection:
+            return _summaries(connection, f"{where}{_NEWEST_FIRST} LIMIT ?", (*values, limit))
+
+    def run(self, name: str) -> RunSummary:
+        with self._connected("look up a run") as connection:
+            if name == "latest":
+                found = _summaries(connection, f"{_NEWEST_FIRST} LIMIT 1")
+            else:
+                found = _summaries(connection, " WHERE r.run_id = ?", (name,))
+                found = found or _matching(connection, name)
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise NotFound(f"{name!r} may be any of these runs: {_listed(found)}")
+            newest = _summaries(connection, f"{_NEWEST_FIRST} LIMIT {_CANDIDATES}")
+        raise NotFound(
+            f"no run {name!r} in {self._path}; "
+            + (f"the newest are {_listed(newest)}" if newest else "there is none yet")
+        )
+
+    def params(self, run_id: str) -> dict[str, str]:
+        return self._settings("params", run_id)
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        return self._settings("tags", run_id)
+
+    def losses(self, run_id: str) -> dict[str, int]:
+        with self._connected("read losses") as connection:
+            rows = connection.execute(
+                "SELECT l.reason, sum(l.counted + l.more) FROM producers p JOIN losses l ON l.producer = p.id"
+                " WHERE p.run = ? GROUP BY l.reason ORDER BY l.reason",
+                (self._row_of(connection, run_id),),
+            )
+            return dict(rows.fetchall())
+
+    def events(self, run_id: str, after: int = 0) -> list[Event]:
+        with self._connected("read events") as connection:
+            rows = connection.execute(
+                "SELECT e.id, e.time_ns, e.level, s.source, e.step, e.message, e.data FROM events e"
+                " JOIN producers p ON p.id = e.producer JOIN sources s ON s.id = p.source"
+                " WHERE e.run = ? AND e.id > ? ORDER BY e.id",
+                (self._row_of(connection, run_id), after),
+            )
+            return [
+                Event(id_, time_ns, level, source, step, message, json.loads(data))
+                for id_, time_ns, level, source, step, message, data in rows
+            ]
+
+    def series_list(self, run_id: str) -> list[SeriesInfo]:
+        with self._connected("list series") as connection:
+            rows = connection.execute(
+                "SELECT s.source, k.id, k.keys, t.points, t.first_step, t.last_step, t.last_values,"
+                " p.attempt, t.last_time_ns FROM producers p JOIN sources s ON s.id = p.source"
+                " JOIN streams t ON t.producer = p.id JOIN keysets k ON k.id = t.keyset"
+                " WHERE p.run = ? ORDER BY t.id",
+                (self._row_of(connection, run_id),),
+            ).fetchall()
+        return _as_infos(rows)
+
+    def series(self, run_id: str, key: str, source: str) -> Series:
+        with self._connected("read a series") as connection:
+            return curves.as_series(key, source, self._pieces(connection, run_id, key, source))
+
+    def buckets(self, run_id: str, key: str, source: str, buckets: int) -> Buckets:
+        with self._connected("draw a series") as connection:
+            pieces = self._pieces(connection, run_id, key, source, drawn=True)
+        return curves.as_buckets(curves.as_series(key, source, pieces), buckets)
+
+    def export(self, run_id: str, *, skip: dict[str, int] | None = None) -> Iterator[ExportBlock]:
+        skip = {} if skip is None else skip
+        with self._connected("export points") as connection:
+            streams = _streams(connection, "p.run = ?", (self._row_of(connection, run_id),))
+        # The streams as they are now bound what is given out, so that it is whole batches.
+        for stream in streams:
+            cursor = f"{stream.producer_id.hex()}/{stream.keyset}"
+            at = skip.get(cursor, 0)
+            read = self._each_chunk("export points", stream, at, chunks.read_intact)
+            for chunk, (keys, rows) in read:
+                part = slice(max(0, at - chunk.start), min(chunk.n, stream.points - chunk.start))
+                at = skip[cursor] = chunk.start + part.stop
+                if not keys:
+                    continue
+                yield ExportBlock(
+                    stream.source,
+                    stream.rank,
+                    stream.attempt,
+                    tuple(stream.keys[key] for key in keys),
+                    rows[chunks.STEPS, part],
+                    rows[chunks.TIMES, part],
+                    rows[chunks.FIRST_KEY :, part].view(np.float64),
+                )
+            skip[cursor] = stream.points
+
+    def damage(self, run_id: str) -> list[str]:
+        with self._connected("check points") as connection:
+            streams = _streams(connection, "p.run = ?", (self._row_of(connection, run_id),))
+        return [
+            text
+            for stream in streams
+            for chunk, damaged in self._each_chunk("check points", stream, 0, chunks.find_damage)
+            for text in _described(stream, chunk, damaged)
+        ]
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    # --- connections -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _connected(self, operation: str) -> Iterator[sqlite3.Connection]:
+        """A connection inside a read transaction: all that is read belongs to one moment."""
+        with self._lock:
+            if self._closed:
+                raise StoreError(f"the store {self._path} is closed")
+            connection = self._idle.pop() if self._idle else None
+        lasting = True
+        if connection is None:
+            connection, lasting = database.open_for_reading(self._path, self._opener)
+        try:
+            with database.translated(operation, self._path):
+                connection.execute("BEGIN")
+                yield connection
+                connection.execute("COMMIT")
+            with self._lock:
+                if lasting and not self._closed:
+                    self._idle.append(connection)
+                    connection = None
+        finally:
+            if connection is not None:
+                connection.close()
+
+    def _row_of(self, connection: sqlite3.Connection, run_id: str) -> int:
+        row = connection.execute("SELECT id FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        if row is None:
+            raise NotFound(f"no run {run_id!r} in {self._path}")
+        return int(row[0])
+
+    def _settings(self, table: str, run_id: str) -> dict[str, str]:
+        with self._connected(f"read {table}") as connection:
+            rows = connection.execute(
+                f"SELECT key, value FROM {table} WHERE run = ? ORDER BY key",
+                (self._row_of(connection, run_id),),
+            )
+            return dict(rows.fetchall())
+
+    def _each_chunk(
+        self,
+        operation: str,
+        stream: _Stream,
+        at: int,
+        read: Callable[[sqlite3.Connection, chunks.Chunk], _T],
+    ) -> Iterator[tuple[chunks.Chunk, _T]]:
+        """The chunks of a stream from the point `at` on, with what `read` says of each.
+
+        Each is read in a transaction of its own (a long one would keep the log from being emptied); places
+        in a stream do not change when chunks are merged.
+        """
+        while at < stream.points:
+            with self._connected(operation) as connection:
+                found = chunks.chunks_of(connection, stream.id, len(stream.keys), first=at, limit=1)
+                if not found or found[0].start >= stream.points:
+                    return
+                result = read(connection, found[0])
+            at = found[0].start + found[0].n
+            yield found[0], result
+
+    def _pieces(
+        self,
+        connection: sqlite3.Connection,
+        run_id: str,
+        key: str,
+        source: str,
+        *,
+        drawn: bool = False,
+    ) -> list[curves.Piece]:
+        """The stored points of a series in order of arrival, without what is damaged. drawn: times are left
+        out where they decide nothing, that is where one stream has steps that rise throughout."""
+        run = self._row_of(connection, run_id)
+        streams = [
+            stream
+            for stream in _streams(connection, "s.run = ? AND s.source = ?", (run, source))
+            if key in stream.keys
+        ]
+        if not streams:
+            raise NotFound(f"run {run_id} has no series {key!r} of {source}")
+        pieces = []
+        for stream in streams:
+            position = stream.keys.index(key)
+            parts: list[tuple[chunks.Chunk, Ints]] = []
+            for part in chunks.chunks_of(connection, stream.id, len(stream.keys)):
+                with suppress(chunks.ChunkDamaged):
+                    parts.append((part, chunks.read_ints(connection, part, chunks.STEPS)))
+            needless = drawn and len(streams) == 1 and _rising(parts)
+            for part, steps in parts:
+                with suppress(chunks.ChunkDamaged):
+                    times = steps if needless else chunks.read_ints(connection, part, chunks.TIMES)
+                    values = chunks.read_floats(connection, part, position)
+                    pieces.append(curves.Piece(stream.attempt, steps, times, values))
+        return pieces
+
+
+def _summaries(
+    connection: sqlite3.Connection, rest: str, values: tuple[str | int, ...] = ()
+) -> list[RunSummary]:
+    return [RunSummary(*row) for row in connection.execute(_RUNS + rest, values)]
+
+
+def _matching(connection: sqlite3.Connection, name: str) -> list[RunSummary]:
+    """A few runs with this name or, if it can be one, this prefix of an id."""
+    few = f"{_NEWEST_FIRST} LIMIT {_CANDIDATES}"
+    found = _summaries(connection, f" WHERE r.name = ?{few}", (name,))
+    if len(name) >= _LEAST_PREFIX and re.fullmatch("[0-9a-fA-F]+", name):
+        prefix = name.lower()
+        matches = _summaries(
+            connection, f" WHERE r.run_id >= ? AND r.run_id < ?{few}", (prefix, prefix + "g")
+        )
+        found += [run for run in matches if run not in found]
+    return found
+
+
+def _listed(found: list[RunSummary]) -> str:
+    return ", ".join(f"{run.run_id} ({run.name})" for run in found)
+
+
+def _streams(
+    connection: sqlite3.Connection, where: str, values: tuple[str | int, ...]
+) -> list[_Stream]:
+    rows = connection.execute(
+        "SELECT t.id, p.producer_id, k.id, k.keys, s.source, p.rank, p.attempt, t.points FROM producers p"
+        " JOIN sources s ON s.id = p.source JOIN streams t ON t.producer = p.id"
+        f" JOIN keysets k ON k.id = t.keyset WHERE {where}"
+        " ORDER BY p.attempt, p.rank, p.start_time_ns, t.id",
+        values,
+    )
+    return [
+        _Stream(id_, producer, keyset, tuple(keys.split("\n")), *rest)
+        for id_, producer, keyset, keys, *rest in rows
+    ]
+
+
+def _rising(parts: list[tuple[chunks.Chunk, Ints]]) -> bool:
+    if not all(part.increasing for part, _ in parts):
+        return False
+    return all(before[-1] < after[0] for (_, before), (_, after) in pairwise(parts))
+
+
+def _described(stream: _Stream, chunk: chunks.Chunk, damaged: dict[int, str]) -> list[str]:
+    """A line for each reason why keys of a chunk cannot be read."""
+    by_reason: dict[str, list[str]] = {}
+    for key, reason in damaged.items():
+        by_reason.setdefault(reason, []).append(stream.keys[key])
+    lines = []
+    for reason, keys in by_reason.items():
+        more = len(keys) - _NAMED_KEYS
+        named = ", ".join(keys[:_NAMED_KEYS]) + (f" and {more} more keys" if more > 0 else "")
+        points = f"{chunk.n} point{'' if chunk.n == 1 else 's'}"
+        lines.append(
+            f"{points} of {named} of {stream.source} after the first {chunk.start}: {reason}"
+        )
+    return lines
+
+
+def _as_infos(
+    rows: list[tuple[str, int, str, int, int, int, bytes, int, int]],
+) -> list[SeriesInfo]:
+    split: dict[int, list[str]] = {}
+    found: dict[tuple[str, str], tuple[int, int, tuple[int, int, int], float]] = {}
+    for source, keyset, joined, points, first, last, last_values, attempt, time_ns in rows:
+        keys = split.get(keyset)
+        if keys is None:
+            keys = split[keyset] = joined.split("\n")
+        latest = (last, attempt, time_ns)
+        for key, value in zip(keys, np.frombuffer(last_values, "<f8").tolist(), strict=True):
+            known = found.get((key, source))
+            if known is None:
+                found[key, source] = (points, first, latest, value)
+                continue
+            found[key, source] = (
+                known[0] + points,
+                min(known[1], first),
+                max(known[2], latest),
+                value if latest >= known[2] else known[3],
+            )
+    sources = sorted({source for _, source in found}, key=_natural)
+    order = {source: at for at, source in enumerate(sources)}
+    return [
+        SeriesInfo(key, source, points, first, latest[0], value)
+        for (key, source), (points, first, latest, value) in sorted(
+            found.items(), key=lambda item: (item[0][0], order[item[0][1]])
+        )
+    ]
+
+
+def _natural(source: str) -> list[tuple[int, int, str]]:
+    """Orders `rank 2` before `rank 10`."""
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", source)
+    ]

@@ -1,0 +1,227 @@
+"""The tables of the embedded store and how an older file becomes a current one.
+
+`PRAGMA user_version` is the version of a file, 0 when it is empty; version n comes from n-1 by
+MIGRATIONS[n-1]. Rows are few: what grows with the number of points are `chunks` and `columns` only, and what
+lists show (`runs`, `streams`) is kept current by the writer, never counted.
+
+experiments  one a name
+runs         one a run, all that RunSummary shows
+sources      one a source of a run; keys: all keys it logged, joined by newlines
+producers    one a producer; end_status NULL while it has not ended
+keysets      one a tuple of keys that were logged together, by digest; keys joined by newlines
+streams      one a (producer, keyset): what these logged, in order of arrival. first_step and last_step are
+             least and greatest, last_values the float64 values at (last_step, last_time_ns). fresh: chunks
+             since the last look of the compaction; due: 1 look again, 2 the producer has ended, merge all
+chunks       points [start, start + n) of a stream; data: a block with all columns (chunks.py), NULL when
+             they lie in `columns`. increasing: steps rise strictly. level: see compaction.py, -1 when damaged
+columns      id = chunk * 16384 + position; position 0 the steps, 1 the times, 2 + i the i-th key
+losses       one a (producer, reason); counted: largest count from the beginning, more: additions to it
+applied      ranges of spool sequence numbers that were written
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trackagent.agent.store.contract import StoreError
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+COLUMNS_PER_CHUNK = 16_384
+
+
+def migrate(connection: sqlite3.Connection, path: Path) -> None:
+    """Brings the open database to the current version, in one transaction; does nothing where it is.
+
+    Raises StoreError for a database of a newer version.
+    """
+    if version_of(connection, path) == len(MIGRATIONS):
+        return
+    from sqlite_utils import Database  # takes 0.3 s to import and is needed here only
+
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        database = Database(connection, execute_plugins=False)
+        # Looked at again under the lock: another process may have been quicker.
+        for step in MIGRATIONS[version_of(connection, path) :]:
+            step(database)
+        connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def version_of(connection: sqlite3.Connection, path: Path) -> int:
+    """The version of the open database. Raises StoreError when it is newer than this program."""
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(MIGRATIONS):
+        raise StoreError(
+            f"cannot open the store {path}: it has version {version} and this trackagent knows "
+            f"versions up to {len(MIGRATIONS)}; use the trackagent that wrote it or a newer one"
+        )
+    return version
+
+
+def _version_1(database: Database) -> None:
+    create = database.create_table
+    create("experiments", {"id": int, "name": str}, pk="id", not_null=["name"])
+    database.table("experiments").create_index(["name"], unique=True)
+
+    counts = {
+        "ranks": int,
+        "series": int,
+        "points": int,
+        "records_stored": int,
+        "lost_records": int,
+    }
+    create(
+        "runs",
+        {
+            "id": int,
+            "run_id": str,
+            "name": str,
+            "experiment": int,
+            "status": str,
+            "attempt": int,
+            "world_size": int,
+            "start_time_ns": int,
+            "end_time_ns": int,
+            "error": str,
+            "records_logged": int,
+            **counts,
+        },
+        pk="id",
+        not_null=["run_id", "name", "experiment", "status", "error", *counts],
+        defaults={"status": "running", "error": "", **dict.fromkeys(counts, 0)},
+        foreign_keys=[("experiment", "experiments", "id")],
+    )
+    runs = database.table("runs")
+    runs.create_index(["run_id"], unique=True)
+    runs.create_index(["name"])
+    newest = ["start_time_ns", "run_id"]
+    for filtered in ([], ["experiment"], ["status"], ["experiment", "status"]):
+        runs.create_index([*filtered, *newest])
+
+    create(
+        "sources",
+        {"id": int, "run": int, "source": str, "keys": str},
+        pk="id",
+        foreign_keys=[("run", "runs", "id")],
+    )
+    database.table("sources").create_index(["run", "source"], unique=True)
+
+    create(
+        "producers",
+        {
+            "id": int,
+            "producer_id": bytes,
+            "run": int,
+            "source": int,
+            "attempt": int,
+            "rank": int,
+            "local_rank": int,
+            "world_size": int,
+            "node": str,
+            "pid": int,
+            "start_time_ns": int,
+            "experiment": int,
+            "run_name": str,
+            "forked": int,
+            "records": int,
+            "end_status": str,
+            "end_time_ns": int,
+            "end_error": str,
+            "logged": int,
+        },
+        pk="id",
+        defaults={"records": 0},
+        foreign_keys=[("run", "runs", "id"), ("source", "sources", "id")],
+    )
+    producers = database.table("producers")
+    producers.create_index(["producer_id"], unique=True)
+    producers.create_index(["run", "attempt"])
+    producers.create_index(["source"])
+
+    create("keysets", {"id": int, "digest": bytes, "keys": str}, pk="id")
+    database.table("keysets").create_index(["digest"], unique=True)
+
+    create(
+        "streams",
+        {
+            "id": int,
+            "producer": int,
+            "keyset": int,
+            "points": int,
+            "first_step": int,
+            "last_step": int,
+            "last_time_ns": int,
+            "last_values": bytes,
+            "fresh": int,
+            "due": int,
+        },
+        pk="id",
+        defaults={"points": 0, "fresh": 0, "due": 0},
+        foreign_keys=[("producer", "producers", "id"), ("keyset", "keysets", "id")],
+    )
+    database.table("streams").create_index(["producer", "keyset"], unique=True)
+    database.execute("CREATE INDEX idx_streams_due ON streams (id) WHERE due > 0")
+
+    create(
+        "chunks",
+        {
+            "id": int,
+            "stream": int,
+            "start": int,
+            "n": int,
+            "level": int,
+            "increasing": int,
+            "data": bytes,
+        },
+        pk="id",
+        foreign_keys=[("stream", "streams", "id")],
+    )
+    database.table("chunks").create_index(["stream", "start"], unique=True)
+    create("columns", {"id": int, "data": bytes}, pk="id")
+
+    setting = {"run": int, "key": str, "value": str, "time_ns": int}
+    for table in ("params", "tags"):
+        create(table, setting, pk=("run", "key"), foreign_keys=[("run", "runs", "id")])
+    create(
+        "events",
+        {
+            "id": int,
+            "run": int,
+            "producer": int,
+            "time_ns": int,
+            "level": str,
+            "step": int,
+            "message": str,
+            "data": str,
+        },
+        pk="id",
+        foreign_keys=[("run", "runs", "id"), ("producer", "producers", "id")],
+    )
+    database.table("events").create_index(["run", "id"])
+    create(
+        "losses",
+        {"producer": int, "reason": str, "records": int},
+        pk=("producer", "reason"),
+        foreign_keys=[("producer", "producers", "id")],
+    )
+    create("applied", {"origin": str, "first": int, "last": int}, pk=("origin", "first"))
+
+
+def _version_2(database: Database) -> None:
+    losses = database.table("losses")
+    losses.transform(rename={"records": "counted"})
+    losses.add_column("more", int, not_null_default=0)
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2)
+VERSION = len(MIGRATIONS)

@@ -1,0 +1,279 @@
+"""The writing side of the embedded store: a batch is one transaction, fsynced before `write` returns.
+
+The id of a batch is written in the same transaction as its content, so a batch is applied once however
+often and in whatever order batches come.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from trackagent.agent.store import chunks, compaction, database, runs
+from trackagent.agent.store.contract import (
+    Batch,
+    EventData,
+    Points,
+    Rejected,
+    StoreError,
+)
+from trackagent.agent.store.streams import Producer, Streams
+
+_REMEMBERED_PRODUCERS = 10_000
+_PAGES_KEPT = 2_048  # free pages left in the file for the next batches: 8 MiB
+_PAGES_A_TIME = 256
+
+NEXT_DUE = (
+    "SELECT s.id, k.keys, s.due FROM streams s JOIN keysets k ON k.id = s.keyset"
+    " WHERE s.due > 0 LIMIT 1"
+)
+
+_Figures = dict[int, list[int]]  # run -> [series, points, records, lost records] to add
+
+
+class SqliteWriter:
+    """A store.Writer on the SQLite file at `path`, created where it is missing.
+
+    Used by one thread at a time. Other processes may write to the same file; each waits for the other.
+    `opener` and `clock` (seconds, monotonic) are seams for tests.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        opener: database.Opener = database.connect,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = path
+        self._opener = opener
+        self._clock = clock
+        self._closed = False
+        self._data_version = -1
+        self._streams = Streams()
+        self._producers: dict[bytes, Producer] = {}
+        self._connection: sqlite3.Connection | None = database.open_for_writing(path, opener)
+
+    def write(self, batch: Batch) -> None:
+        try:
+            with self._transaction("write a batch") as connection:
+                if runs.mark_applied(connection, batch.id):
+                    self._apply(connection, batch)
+        except (UnicodeEncodeError, OverflowError, sqlite3.DataError) as error:
+            raise Rejected(f"batch {batch.id} holds what cannot be stored: {error}") from error
+
+    def compact(self, deadline_s: float) -> bool:
+        deadline = self._clock() + deadline_s
+        if not self._due():
+            return self._give_back_pages(deadline)
+        # Merges need not be durable: a power loss brings the old chunks back, and the next batch's
+        # commit syncs the log with everything before it.
+        self._pragma("synchronous = NORMAL")
+        try:
+            while (due := self._due()) is not None:
+                self._compact_once(*due)
+                if self._clock() >= deadline:
+                    return True
+        finally:
+            self._sync_again()
+        return self._give_back_pages(deadline)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            with database.translated("close the store", self._path):
+                connection.close()
+
+    # --- transactions ------------------------------------------------------------------------------
+
+    def _open(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StoreError(f"the store {self._path} is closed")
+        if self._connection is None:
+            self._connection = database.open_for_writing(self._path, self._opener)
+        return self._connection
+
+    @contextmanager
+    def _transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
+        connection = self._open()
+        with database.translated(operation, self._path):
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                version = connection.execute("PRAGMA data_version").fetchone()[0]
+                if version != self._data_version:  # another process has written since
+                    self._forget()
+                    self._data_version = version
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                self._forget()
+                self._roll_back(connection)
+                raise
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._drop(connection)  # closing rolls back as well
+
+    def _sync_again(self) -> None:
+        connection = self._open()
+        try:
+            with database.translated("set up the store", self._path):
+                connection.execute("PRAGMA synchronous = FULL")
+        except StoreError:
+            self._drop(connection)  # a new one syncs; this one would not, and nobody would know
+            raise
+
+    def _drop(self, connection: sqlite3.Connection) -> None:
+        """Closes a connection that is of no more use; the next write opens another."""
+        self._connection = None
+        self._data_version = -1
+        connection.close()
+
+    def _forget(self) -> None:
+        self._producers.clear()
+        self._streams.forget()
+
+    def _pragma(self, setting: str) -> list[tuple[int, ...]]:
+        with database.translated("set up the store", self._path):
+            return self._open().execute(f"PRAGMA {setting}").fetchall()
+
+    # --- one batch ---------------------------------------------------------------------------------
+
+    def _apply(self, connection: sqlite3.Connection, batch: Batch) -> None:
+        changed: set[int] = set()  # runs whose status may be another now
+        figures: _Figures = {}
+        for info in batch.producers:
+            if info.producer_id not in self._producers:
+                added = runs.add_producer(connection, info)
+                if added is not None:
+                    changed.add(added)
+        for id_, group in _grouped(batch.points).items():
+            producer = self._producer(connection, id_[0])
+            points, series = self._streams.append(connection, producer, group)
+            _add(figures, producer.run, series=series, points=points)
+        for producer_id, records in batch.metric_records.items():
+            producer = self._producer(connection, producer_id)
+            connection.execute(
+                "UPDATE producers SET records = records + ? WHERE id = ?", (records, producer.id)
+            )
+            _add(figures, producer.run, records=records)
+            if producer.forked:  # what it stored may count as logged
+                changed.add(producer.run)
+        for param in batch.params:
+            runs.set_param(connection, self._producer(connection, param.producer_id), param)
+        for tag in batch.tags:
+            runs.set_tag(connection, self._producer(connection, tag.producer_id).run, tag)
+        for event in batch.events:
+            producer = self._producer(connection, event.producer_id)
+            runs.add_event(connection, producer.run, producer.id, event)
+        for end in batch.ends:
+            producer = self._producer(connection, end.producer_id)
+            runs.end_producer(connection, producer.id, end)
+            connection.execute("UPDATE streams SET due = 2 WHERE producer = ?", (producer.id,))
+            changed.add(producer.run)
+        for loss in batch.losses:
+            producer = self._producer(connection, loss.producer_id)
+            _add(figures, producer.run, lost=runs.add_loss(connection, producer.id, loss))
+        connection.executemany(
+            "UPDATE runs SET series = series + ?, points = points + ?, records_stored = records_stored + ?,"
+            " lost_records = lost_records + ? WHERE id = ?",
+            [(*added, run) for run, added in figures.items()],
+        )
+        for run in changed:
+            runs.settle(connection, run)
+
+    def _producer(self, connection: sqlite3.Connection, producer_id: bytes) -> Producer:
+        known = self._producers.get(producer_id)
+        if known is not None:
+            return known
+        row = connection.execute(
+            "SELECT p.id, p.run, p.source, s.source, p.forked FROM producers p"
+            " JOIN sources s ON s.id = p.source WHERE p.producer_id = ?",
+            (producer_id,),
+        ).fetchone()
+        if row is None:
+            raise Rejected(
+                f"producer {producer_id.hex()} was never announced: neither in this batch nor before"
+            )
+        if len(self._producers) >= _REMEMBERED_PRODUCERS:
+            self._producers.clear()
+        self._producers[producer_id] = Producer(*row)
+        return self._producers[producer_id]
+
+    # --- compaction --------------------------------------------------------------------------------
+
+    def _due(self) -> tuple[int, int, int] | None:
+        """(stream, number of keys, due) of a stream that compaction should look at."""
+        with database.translated("merge chunks", self._path):
+            found = self._open().execute(NEXT_DUE).fetchone()
+        return (found[0], found[1].count("\n") + 1, found[2]) if found else None
+
+    def _compact_once(self, stream: int, keys: int, due: int) -> None:
+        try:
+            with self._transaction("merge chunks") as connection:
+                compaction.step(connection, stream, keys, due)
+        except chunks.ChunkDamaged as damage:
+            # Set aside and named in the run; the rest goes on being merged.
+            with self._transaction("set a damaged chunk aside") as connection:
+                _set_aside(connection, stream, damage)
+
+    def _give_back_pages(self, deadline: float) -> bool:
+        """Gives free pages beyond a stock, or an eighth of the file, back; True when more is left."""
+        pages = self._pragma("page_count")[0][0]
+        excess = self._pragma("freelist_count")[0][0] - max(_PAGES_KEPT, pages // 8)
+        while excess > 0:
+            # As a script, since Python's sqlite3 stops after one page of it otherwise.
+            with database.translated("shrink the store", self._path):
+                self._open().executescript(f"PRAGMA incremental_vacuum({_PAGES_A_TIME})")
+            excess -= _PAGES_A_TIME
+            if self._clock() >= deadline:
+                return excess > 0
+        return False
+
+
+def _grouped(
+    points: Sequence[Points],
+) -> dict[tuple[bytes, tuple[str, ...]], list[Points]]:
+    """Points by producer and keys, in order of arrival within each: one chunk instead of many."""
+    groups: dict[tuple[bytes, tuple[str, ...]], list[Points]] = {}
+    for some in points:
+        groups.setdefault((some.producer_id, some.keys), []).append(some)
+    return groups
+
+
+def _add(
+    figures: _Figures,
+    run: int,
+    *,
+    series: int = 0,
+    points: int = 0,
+    records: int = 0,
+    lost: int = 0,
+) -> None:
+    row = figures.setdefault(run, [0, 0, 0, 0])
+    for at, more in enumerate((series, points, records, lost)):
+        row[at] += more
+
+
+def _set_aside(connection: sqlite3.Connection, stream: int, damage: chunks.ChunkDamaged) -> None:
+    row = connection.execute(
+        "SELECT p.run, p.id, c.start, c.n FROM chunks c JOIN streams s ON s.id = c.stream"
+        " JOIN producers p ON p.id = s.producer WHERE c.id = ? AND s.id = ?",
+        (damage.chunk, stream),
+    ).fetchone()
+    if row is None:  # another process has merged it meanwhile
+        return
+    run, producer, start, n = row
+    connection.execute("UPDATE chunks SET level = ? WHERE id = ?", (chunks.DAMAGED, damage.chunk))
+    message = (
+        f"{n} points after the first {start} were set aside, unreadable in part or whole: {damage}"
+    )
+    event = EventData(b"", time.time_ns(), "error", message, data={"stream": stream, "points": n})
+    runs.add_event(connection, run, producer, event)

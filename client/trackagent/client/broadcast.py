@@ -1,0 +1,395 @@
+"""Rank 0's word, which says the run and the attempt, and how it reaches the other ranks.
+
+It travels through torch's own TCPStore (the one torchrun opens, or the one init_process_group
+does), with no collective, no device, and before, after or without a process group:
+
+    trackagent/<call>/asks         counter; a rank adds 1 and so gets its number n
+    trackagent/<call>/answer/<n>   rank 0's word for ask n
+    trackagent/<call>/answered     counter; asks that some rank 0 has answered
+    trackagent/<call>/run          run id of this call in this job, set once
+    trackagent/attempt/<run id>    counter; attempts of that run in this job
+    trackagent/taken/<token>       counter; ranks that hold this very word of rank 0
+
+<call> counts the calls of decide() in one process, so that the second init() of every rank meets
+the second of rank 0. torchrun's store outlives its workers; a restarted worker never reads an old
+word, because it waits for the answer to an ask of its own, and only a living rank 0 answers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from importlib import import_module
+from typing import Any, Protocol, TypeVar
+
+from trackagent.client.errors import ConfigError, IdentityError
+
+GRACE_S = 30.0  # ranks of one job call init() within about this time of each other
+EXIT_WAIT_S = 5.0
+TELL_AFTER_S = 10.0  # a wait is worth a line in the log after this
+ASK_POLL_S = (0.005, 0.25)  # first and longest pause
+SERVE_POLL_S = (0.02, 1.0)
+CONNECT_POLL_S = (0.05, 1.0)
+POLL_GROWTH = 1.5
+
+T = TypeVar("T")
+
+log = logging.getLogger("trackagent")
+
+
+class Store(Protocol):
+    """The part of torch.distributed.Store used here. Any call raises RuntimeError when the store is
+    gone."""
+
+    def add(self, key: str, amount: int, /) -> int: ...
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+
+
+class Link(Protocol):
+    """A way to a store that all ranks of this job share."""
+
+    name: str
+    """For messages: what is being reached, and its address."""
+
+    standing: bool
+    """It is there already, for every rank alike: so rank 0 counts attempts in it. False: it opens
+    later, with the job's process group."""
+
+    def open(self) -> Store | None:
+        """A connection of the caller's own, or None when there is nothing to connect to yet.
+        Bounded."""
+
+    def alive(self) -> bool:
+        """False when a store that was there has gone, as far as can be seen without using it."""
+
+
+Finder = Callable[[Mapping[str, str]], tuple[Link | None, tuple[int, int] | None, str]]
+"""As find_link(), which says what the three are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What rank 0 says. `token` tells this saying from any other."""
+
+    run_id: str
+    attempt: int
+    hub: str
+    token: str
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def decode(cls, data: bytes) -> Word:
+        try:
+            said = json.loads(data)
+            return cls(
+                normal_run_id(said["run_id"], "its run id"),
+                int(said["attempt"]),
+                str(said["hub"]),
+                str(said["token"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise IdentityError(
+                f"rank 0's word is not understood ({error}): {data[:200]!r}; "
+                "install the same version of trackagent on every node"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """How long a rank may wait for another, and by which clock."""
+
+    limit_s: float
+    sleep: Callable[[float], object]
+    clock: Callable[[], float]
+
+    def at_most(self, limit_s: float) -> Patience:
+        return replace(self, limit_s=min(self.limit_s, limit_s))
+
+    def until(
+        self, ready: Callable[[], T | None], what: str, poll_s: tuple[float, float]
+    ) -> T | None:
+        """What `ready` returns once that is not None, or None after `limit_s`. A long wait for
+        `what` is told once; `poll_s` is the first pause between two looks and the longest."""
+        begin = self.clock()
+        pause, longest = poll_s
+        told = False
+        while (value := ready()) is None:
+            waited = self.clock() - begin
+            if waited >= self.limit_s:
+                return None
+            if not told and waited >= TELL_AFTER_S:
+                told = True
+                log.warning("waiting for %s; giving up in %.0f s", what, self.limit_s - waited)
+            self.sleep(min(pause, self.limit_s - waited))
+            pause = min(longest, pause * POLL_GROWTH)
+        return value
+
+
+def find_link(
+    environ: Mapping[str, str],
+) -> tuple[Link | None, tuple[int, int] | None, str]:
+    """The store of this job's torch; rank and world size of its process group, if there is one;
+    and, without a store, why. Imports torch only where the process has it already or torchrun
+    started it."""
+    elastic = "TORCHELASTIC_RUN_ID" in environ
+    if "torch" not in sys.modules and not elastic:
+        return None, None, "torch is not imported (import it before client.init())"
+    try:
+        dist: Any = import_module("torch.distributed")
+    except ImportError as error:
+        return None, None, f"torch cannot be imported ({error})"
+    if not dist.is_available():
+        return None, None, "this torch has no torch.distributed"
+    group = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else None
+    host, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if host and port:
+        # With torchrun's own store switched off, rank 0 opens one here with the process group.
+        torchruns = elastic and environ.get("TORCHELASTIC_USE_AGENT_STORE", "True") == "True"
+        number = whole_number("MASTER_PORT", port)
+        return TorchLink(dist, host, number, torchruns, torchruns or group is not None), group, ""
+    if group is not None:
+        return GroupLink(dist), group, ""
+    return None, None, "MASTER_ADDR and MASTER_PORT are not set and there is no process group"
+
+
+class TorchLink:
+    """The TCPStore at MASTER_ADDR:MASTER_PORT."""
+
+    def __init__(self, dist: Any, host: str, port: int, torchruns: bool, standing: bool) -> None:
+        whose = "torchrun's store" if torchruns else "the process group's store"
+        self.name = f"{whose} at {host}:{port} (MASTER_ADDR:MASTER_PORT)"
+        self.standing = standing
+        self._torchruns = torchruns
+        self._dist = dist
+        self._host = host
+        self._port = port
+        self._had_group = False
+
+    def open(self) -> Store | None:
+        # Torch complains at length on stderr when nobody listens; so knock first.
+        if not self._listens():
+            return None
+        try:
+            store: Store = self._dist.TCPStore(
+                self._host,
+                self._port,
+                is_master=False,
+                timeout=timedelta(seconds=30),
+                wait_for_workers=False,  # else it would count as one of the job's workers
+            )
+        except (RuntimeError, ValueError):
+            return None
+        return store
+
+    def alive(self) -> bool:
+        if self._torchruns:
+            return True
+        listens = self._listens()
+        # Last, as close to the use of the store as can be: torch forgets the group before it frees
+        # its store.
+        has_group = bool(self._dist.is_initialized())
+        self._had_group = self._had_group or has_group
+        return listens and has_group == self._had_group
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection((self._host, self._port), timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+
+class GroupLink:
+    """The store of a process group made without MASTER_ADDR, as with init_method="tcp://…"."""
+
+    name = "the process group's store"
+    standing = True
+
+    def __init__(self, dist: Any) -> None:
+        self._dist = dist
+
+    def open(self) -> Store | None:
+        try:
+            shared = self._dist.distributed_c10d._get_default_store()
+            # Its own connection: torch may block in the shared one while a collective is being set
+            # up.
+            store: Store = shared.clone()
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+            return None
+        return store
+
+    def alive(self) -> bool:
+        return bool(self._dist.is_initialized())
+
+
+def connect(link: Link, patience: Patience) -> Store | None:
+    """A connection to the store, or None when it did not open in time."""
+    return patience.until(link.open, link.name, CONNECT_POLL_S)
+
+
+def claim(store: Store, call: int, given: str | None, new_id: Callable[[], str]) -> str:
+    """Rank 0's run id; without a given one, that of the same call in an earlier worker group goes
+    on."""
+    key = f"trackagent/{call}/run"
+    if given is not None:
+        store.set(key, given)
+        return given
+    return store.compare_set(key, "", new_id()).decode()
+
+
+def count(store: Store, run_id: str, earlier: int) -> int:
+    """Which attempt at the run this is in the store's count, after `earlier` ones that this process
+    knows of but may have made before there was a store."""
+    key = f"trackagent/attempt/{run_id}"
+    number = store.add(key, 1)
+    return number if number > earlier else store.add(key, earlier + 1 - number)
+
+
+def ask(store: Store, link: Link, call: int, who: str, patience: Patience) -> Word:
+    """Rank 0's word, from the rank 0 that lives now. `who` asks, for the message of an
+    IdentityError when no answer came in time."""
+    answer = f"trackagent/{call}/answer/{store.add(f'trackagent/{call}/asks', 1)}"
+    # Not store.wait(): it cannot be interrupted by Ctrl-C, and every time-out in it writes to
+    # stderr.
+    answered = patience.until(
+        lambda: store.check([answer]) or None, "client.init() on rank 0", ASK_POLL_S
+    )
+    if not answered:
+        raise IdentityError(
+            f"{who} waited {patience.limit_s:g} s for rank 0's word through {link.name}: rank 0 "
+            f"has not made its client.init() call number {call}, or has finished that run already; "
+            "call client.init() on every rank, equally often, or raise "
+            "TRACKAGENT_IDENTITY_TIMEOUT_S"
+        )
+    word = Word.decode(store.get(answer))
+    store.add(f"trackagent/taken/{word.token}", 1)
+    return word
+
+
+class Server:
+    """Rank 0's thread: answers asks until every other rank holds the word, stop(), or the store is
+    gone.
+
+    The thread alone touches the store once start() was called. A forked child has no such thread,
+    and stop() does nothing there.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        link: Link,
+        word: Word,
+        call: int,
+        others: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._link = link
+        self._word = word
+        self._call = call
+        self._others = others
+        self._clock = clock
+        self._began = clock()
+        self._pid = os.getpid()
+        self._wake = threading.Event()
+        self._stop_at: float | None = None
+        self._thread = threading.Thread(target=self._run, name="trackagent-identity", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        # A daemon thread that comes back from C++ into an interpreter that is being torn down would
+        # abort it.
+        atexit.register(self.stop, EXIT_WAIT_S)
+
+    def stop(self, wait_s: float) -> None:
+        """Waits up to `wait_s`, and never beyond GRACE_S from its construction, for ranks that have
+        no answer yet."""
+        if os.getpid() != self._pid:
+            return
+        atexit.unregister(self.stop)
+        linger = 0.0
+        if self._store is not None:
+            linger = max(0.0, min(wait_s, self._began + GRACE_S - self._clock()))
+        self._stop_at = self._clock() + linger
+        self._wake.set()
+        self._thread.join(linger + 1.0)
+
+    def _run(self) -> None:
+        try:
+            if self._store is None:
+                self._store = self._opened()
+            if self._store is not None:
+                self._serve(self._store)
+        except RuntimeError:
+            pass  # The store went with the job's process group or its host: nobody is left to ask.
+        finally:
+            self._store = None
+
+    def _opened(self) -> Store | None:
+        pause, longest = CONNECT_POLL_S
+        while (store := self._link.open()) is None:
+            if self._stops_within(pause):
+                return None
+            pause = min(longest, pause * POLL_GROWTH)
+        return store
+
+    def _serve(self, store: Store) -> None:
+        prefix = f"trackagent/{self._call}"
+        taken = f"trackagent/taken/{self._word.token}"
+        said = self._word.encode()
+        answered = store.add(f"{prefix}/answered", 0)
+        shortest, longest = SERVE_POLL_S
+        pause = shortest
+        # The store may go with destroy_process_group(); torch prints a stack when it is used after.
+        while self._link.alive():
+            asks = store.add(f"{prefix}/asks", 0)
+            if asks > answered:
+                for number in range(answered + 1, asks + 1):
+                    store.set(f"{prefix}/answer/{number}", said)
+                store.add(f"{prefix}/answered", asks - answered)
+                answered = asks
+                pause = shortest
+            if not self._link.alive() or store.add(taken, 0) >= self._others:
+                return
+            if self._stops_within(shortest if self._stop_at is not None else pause):
+                return
+            pause = min(longest, pause * POLL_GROWTH)
+
+    def _stops_within(self, pause: float) -> bool:
+        """Waits `pause` seconds, less when stop() is called; then says whether its time came."""
+        if self._wake.wait(pause) and self._stop_at is not None:
+            if self._clock() >= self._stop_at:
+                return True
+            time.sleep(min(pause, SERVE_POLL_S[0]))
+        return False
+
+
+def normal_run_id(text: str, origin: str) -> str:
+    """`text` as 32 lowercase hex digits; ConfigError, naming `origin`, when it is no run id."""
+    plain = str(text).strip().lower().replace("-", "")
+    if not re.fullmatch(r"[0-9a-f]{32}", plain):
+        raise ConfigError(f"{origin} is {text!r}: give 32 hex digits (a UUID, dashes are allowed)")
+    return plain
+
+
+def whole_number(name: str, text: str, least: int = 0) -> int:
+    """The value of the variable `name`; ConfigError when it is not a number from `least` on."""
+    # int() alone would accept 1_0 and the digits of other scripts.
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) < least:
+        raise ConfigError(f"{name} is {text!r}: give a whole number from {least} on")
+    return int(text)

@@ -1,0 +1,44 @@
+"""Errors that reach the user. After `init()` has returned, only `strict=True` lets any of them out."""
+
+from __future__ import annotations
+
+
+class TrackagentError(Exception):
+    """Base of every error this package raises; the message says what to do next. `reason` is the name under
+    which a run counts what was refused with it."""
+
+    reason = "error"
+
+
+class ConfigError(TrackagentError, ValueError):
+    """A setting, argument or environment variable is not usable."""
+
+
+class IdentityError(TrackagentError):
+    """The ranks could not agree on a run: rank 0's word did not arrive."""
+
+
+class JournalError(TrackagentError, OSError):
+    """The journal could not be opened or extended."""
+
+    reason = "journal full"
+
+
+class TooManyCalls(JournalError):
+    """More log calls at once than there are lanes."""
+
+    reason = "too many calls at once"
+
+
+class RunFinished(JournalError):
+    """The run takes no more records."""
+
+    reason = "run finished"
+
+
+class ValueRefused(TrackagentError, ValueError):
+    """A key, value, param or tag was refused."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

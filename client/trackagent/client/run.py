@@ -1,0 +1,489 @@
+"""A run as one process sees it: what `init()` returns, and what the module's functions act on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from time import time_ns
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from trackagent.client import record, values
+from trackagent.client.config import ClientConfig
+from trackagent.client.errors import ConfigError, TooManyCalls, TrackagentError, ValueRefused
+from trackagent.client.instrument import Timer
+from trackagent.client.journal import Journal, Lane
+from trackagent.client.record import Kind
+from trackagent.client.sender import Sender
+
+if TYPE_CHECKING:
+    from trackagent.client.identity import Identity
+
+logger = logging.getLogger("trackagent")
+
+LEVELS = ("info", "warning", "error")
+STATUSES = ("finished", "failed", "killed")
+
+# Types that cannot be on a device; numpy's scalars are added when numpy is seen.
+_plain_types: set[type] = {float, int, bool}
+
+
+class Run:
+    """One producer: this process's part of a run. Made by `trackagent.client.init`, which states
+    the arguments.
+
+    All methods may be called from any thread and from signal handlers. `log` and the other logging methods do
+    no I/O, hold no lock, and raise nothing unless strict; what they refuse is counted by reason, shown in the
+    run, and warned of once.
+
+    As a context manager the run finishes at the end of the block, as failed when an exception leaves it.
+    """
+
+    _take: Callable[[], Lane]
+    _opening: threading.RLock
+    _is_opening: bool
+
+    def __init__(
+        self,
+        *,
+        config: ClientConfig,
+        who: Identity,
+        experiment: str,
+        run_name: str = "",
+        strict: bool = False,
+        on_finish: Callable[[float], None] = lambda deadline: None,
+    ) -> None:
+        self.id = who.run_id
+        self.attempt = who.attempt
+        self.rank = who.rank
+        self.world_size = who.world_size
+        self.experiment = experiment
+        self.name = run_name
+        self.status = "running"
+        self._delivered = False
+        self._config = config
+        self._who = who
+        self._strict = strict
+        self._on_finish = on_finish
+        self._last_step = -1
+        self._params: dict[str, str] = {}
+        self._warned: set[tuple[str, str]] = set()
+        self._is_plain = _plain_types.issuperset
+        self._open(forked=False)
+        _open_runs.add(self)
+
+    def _open(self, *, forked: bool) -> None:
+        """Begins a producer: a journal, and the thread that delivers it."""
+        # Refused values and calls by reason: appended by any thread, then counted, then written.
+        self._refusals: deque[str] = deque()
+        self._counting = threading.Lock()
+        self._lost: dict[str, int] = {}
+        self._lost_written: dict[str, int] = {}
+        self._warnings: deque[str] = deque(maxlen=100)
+        self._finishing = threading.Lock()
+        who = self._who
+        producer = {
+            "producer_id": os.urandom(16).hex(),
+            "run_id": who.run_id,
+            "attempt": who.attempt,
+            "rank": who.rank,
+            "local_rank": who.local_rank,
+            "world_size": who.world_size,
+            "node": who.node,
+            "pid": os.getpid(),
+            "start_time_ns": time_ns(),
+            "experiment": self.experiment,
+            "run_name": self.name,
+            "forked": forked,
+        }
+        # gRPC does not survive a fork: what a rank forks only writes its journal, and the agent reads that.
+        self._sender = None if forked else Sender(producer, self._config, self._housekeep)
+        self._journal = Journal(
+            producer,
+            directory=self._config.directory,
+            state_directory=self._config.state_directory,
+            segment_bytes=self._config.segment_bytes,
+            memory_bytes=self._config.memory_bytes,
+            journal_bytes=self._config.journal_bytes,
+            wake=self._sender.wake if self._sender else None,
+        )
+        self._forked_without_journal = False
+        self._take = self._journal.take
+        if self._sender:
+            self._sender.start(self._journal)
+
+    # --- logging
+
+    def log(
+        self, metrics: Mapping[str, Any], step: int | None = None, timestamp: Any = None
+    ) -> None:
+        """Records `metrics` at `step`; safe from `kill -9` when this returns.
+
+        Values: anything `float()` takes, numpy scalars, tensors of one element in the CPU's memory; NaN and
+        infinities are kept. step: any whole number of 64 bits; None: one after this process's last step.
+        timestamp: seconds since 1970 or a datetime; None: now.
+        """
+        try:
+            lane = self._take()
+        except IndexError:
+            return self._log_without_lane(metrics, step, timestamp)
+        try:
+            segment = lane.segment
+            pack, size, head = segment.schemas[tuple(metrics)]
+            numbers = metrics.values()
+            start = segment.position
+            end = start + size
+            if step is None:
+                step = self._last_step + 1
+            if (
+                end > segment.limit
+                or not self._is_plain(map(type, numbers))
+                or type(step) is not int
+                or timestamp is not None
+            ):
+                raise LookupError
+            body = pack(head, step, time_ns(), *numbers)
+            # All of the record first, then, as one store, the word that publishes it.
+            segment.map[start + 8 : end] = body
+            segment.words[start >> 3] = size | crc32(body) << 32
+            segment.position = end
+            lane.records += 1
+            self._last_step = step
+        except Exception:
+            self._log_slowly(lane, metrics, step, timestamp)
+        finally:
+            lane.give_back(lane)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Records parameters: nested mappings become dotted keys, values are kept as `str()` shows
+        them (at most 6000 characters). A parameter is set once: a different value later is
+        refused."""
+        texts, refused = self._texts("param", params)
+        for key in list(texts):
+            if self._params.setdefault(key, texts[key]) != texts[key]:
+                other = texts.pop(key)
+                problem = (
+                    f"the param {key!r} is {self._params[key][:60]!r} and cannot become "
+                    f"{other[:60]!r}: log what changes as a metric or a tag"
+                )
+                refused.append((key, ValueRefused("param changed", problem)))
+        self._write_texts(Kind.PARAMS, texts, refused)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Sets tags, which later calls may change; keys and values as for params."""
+        texts, refused = self._texts("tag", tags)
+        self._write_texts(Kind.TAGS, texts, refused)
+
+    def event(self, message: str, level: str = "info", step: int | None = None) -> None:
+        """Records that something happened. level: info, warning or error; message: at most 6000
+        characters."""
+        try:
+            if level not in LEVELS:
+                raise ValueRefused(
+                    "bad level", f"the level {level!r} is none of {', '.join(LEVELS)}"
+                )
+            number = record.NO_STEP if step is None else values.to_step(step)
+            text, _ = values.to_text(message)
+            self._write(Kind.EVENT, {"level": level, "message": text}, step=number)
+        except Exception as error:
+            self._refuse([("event", error)])
+
+    def timer(self, name: str) -> Timer:
+        """Times a block or, as a decorator, a function: logs the seconds under `time/<name>`, at
+        the step after the last one logged (the step under way)."""
+        return Timer(name, self._log_seconds)
+
+    def finish(self, status: str = "finished", error: str = "") -> bool:
+        """Ends this process's part of the run and waits, at most `exit_timeout_s`, until the agent
+        has it all.
+
+        status: finished, failed or killed; error: why, in a line. Returns whether everything was
+        delivered; what was not stays in the journal, for whichever agent next starts on this node.
+        Further calls change nothing and return the same.
+        """
+        if status not in STATUSES:
+            problem = f"the status {status!r} is none of {', '.join(STATUSES)}"
+            if self._strict:
+                raise ConfigError(problem)
+            self._warn("bad status", "finish", f"{problem}: the run ends as finished")
+            status = "finished"
+        reason, _ = values.to_text(error)
+        if not self._finishing.acquire(blocking=False):
+            return self._delivered
+        _open_runs.discard(self)
+        if self._forked_without_journal:
+            self.status = status
+            return True
+        deadline = time.monotonic() + self._config.exit_timeout_s
+        self._on_finish(deadline)
+        self.status = status
+        self._take = _no_lane
+        lane = self._journal.seal(
+            0.5, "the run has finished: log before finish(), or call init() again"
+        )
+        try:
+            if lane is not None:
+                self._write_losses(lane)
+                ending = {
+                    "status": status,
+                    "error": reason,
+                    "records": self._journal.records,
+                }
+                self._journal.write(lane, _encode(Kind.FINISH, ending))
+        except TrackagentError as problem:
+            self._warn("journal full", "finish", str(problem))
+        if self._sender:
+            self._delivered = self._sender.drain(deadline)
+        self._journal.close()
+        self._emit_warnings()
+        return self._delivered
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.finish(*ending(error))
+
+    # --- off the fast path
+
+    def _another_lane(self) -> Lane:
+        """For a call that finds every lane taken: by other threads, by the call that a signal
+        handler interrupts, or since this process was forked, or since the run has finished.
+        JournalError when there is none."""
+        if self._forked_without_journal:
+            self._open_in_child()
+            return self._lane()
+        return self._journal.add_lane()
+
+    def _open_in_child(self) -> None:
+        """The first log call in a forked process opens its journal, and calls in other threads wait for
+        that. One in a signal handler that interrupts it is refused: it cannot wait for itself."""
+        with self._opening:
+            if self._forked_without_journal and self._is_opening:
+                raise TooManyCalls("a journal is just being opened for this forked process")
+            if self._forked_without_journal:
+                self._is_opening = True
+                try:
+                    self._open(forked=True)
+                finally:
+                    self._is_opening = False
+
+    def _log_without_lane(self, metrics: Any, step: Any, timestamp: Any) -> None:
+        try:
+            lane = self._another_lane()
+        except Exception as error:
+            self._refuse([("log", error)])
+            return
+        try:
+            self._log_slowly(lane, metrics, step, timestamp)
+        finally:
+            lane.give_back(lane)
+
+    def _log_slowly(self, lane: Lane, metrics: Any, step: Any, timestamp: Any) -> None:
+        """A log call with anything the fast path does not handle: new keys, odd values, a full segment."""
+        refused: list[tuple[str, Exception]] = []
+        try:
+            if not isinstance(metrics, Mapping):
+                problem = f"log() got {type(metrics).__name__}: give a dict of names and numbers"
+                raise ValueRefused("not a dict", problem)
+            number = self._last_step + 1 if step is None else values.to_step(step)
+            time_ns = values.to_time_ns(timestamp)
+            numbers: dict[str, float] = {}
+            known = tuple(metrics) in lane.segment.schemas
+            for key, value in metrics.items():
+                try:
+                    if not known:
+                        values.check_key(key)
+                    numbers[key] = values.to_float(key, value)
+                except ValueRefused as error:
+                    refused.append((str(key), error))
+                else:
+                    if type(value).__module__ == "numpy" and not hasattr(value, "__len__"):
+                        _plain_types.add(type(value))
+            if numbers:
+                self._journal.write_metrics(lane, numbers, step=number, time_ns=time_ns)
+                lane.records += 1
+                self._last_step = number
+        except Exception as error:
+            refused.append(("log", error))
+        self._refuse(refused)
+
+    def _log_seconds(self, key: str, seconds: float) -> None:
+        """What a timer measured, at the step under way, which it leaves as it is."""
+        try:
+            lane = self._lane()
+            try:
+                if (key,) not in lane.segment.schemas:
+                    values.check_key(key)
+                step, now = self._last_step + 1, time_ns()
+                self._journal.write_metrics(lane, {key: seconds}, step=step, time_ns=now)
+                lane.records += 1
+            finally:
+                lane.give_back(lane)
+        except Exception as error:
+            self._refuse([(key, error)])
+
+    def _texts(
+        self, what: str, items: Mapping[str, Any]
+    ) -> tuple[dict[str, str], list[tuple[str, Exception]]]:
+        """Keys and texts of params or tags, and what is refused."""
+        texts: dict[str, str] = {}
+        refused: list[tuple[str, Exception]] = []
+        if not isinstance(items, Mapping):
+            problem = f"{what}s must be a dict, not {type(items).__name__}"
+            return texts, [(what, ValueRefused("not a dict", problem))]
+        try:
+            for key, value in values.flatten(items):
+                try:
+                    texts[values.check_key(key, f"{what} key")], cut = values.to_text(value)
+                    if cut:
+                        kept = len(texts[key])
+                        self._warn(
+                            f"{what} cut", key, f"the {what} {key!r} was cut to {kept} characters"
+                        )
+                except Exception as error:
+                    refused.append((key, error))
+        except Exception as error:  # the mapping's own, or it contains itself
+            refused.append((what, error))
+        return texts, refused
+
+    def _write_texts(
+        self, kind: Kind, texts: dict[str, str], refused: list[tuple[str, Exception]]
+    ) -> None:
+        items = list(texts.items())
+        # Few enough for any segment but the very smallest, whatever the texts.
+        for start in range(0, len(items), 4):
+            group = dict(items[start : start + 4])
+            try:
+                self._write(kind, group)
+            except Exception as error:
+                refused += [(key, error) for key in group]
+        self._refuse(refused)
+
+    def _write(self, kind: Kind, data: Mapping[str, Any], step: int = record.NO_STEP) -> None:
+        lane = self._lane()
+        try:
+            self._journal.write(lane, _encode(kind, data, step))
+        finally:
+            lane.give_back(lane)
+
+    def _lane(self) -> Lane:
+        try:
+            return self._take()
+        except IndexError:
+            return self._another_lane()
+
+    # --- what is refused
+
+    def _refuse(self, refused: list[tuple[str, Exception]]) -> None:
+        """Counts each by its reason and warns once of each; raises the first one if strict."""
+        for name, error in refused:
+            known = isinstance(error, TrackagentError)
+            reason = error.reason if isinstance(error, TrackagentError) else "error"
+            self._refusals.append(reason)
+            self._warn(reason, name, str(error) if known else repr(error))
+        if len(self._refusals) > 1000:
+            self._count_refusals()
+        if refused and self._sender is None:
+            # A forked process has no sender's thread that would do these.
+            if not self._forked_without_journal:
+                self._journal.prepare()
+            self._housekeep()
+        elif refused and self.status != "running":
+            self._emit_warnings()
+        if refused and self._strict:
+            raise refused[0][1] from None
+
+    def _count_refusals(self) -> None:
+        # Whoever comes second need not wait: the first one counts its refusals too, or the next one does.
+        if self._counting.acquire(blocking=False):
+            try:
+                while self._refusals:
+                    reason = self._refusals.popleft()
+                    self._lost[reason] = self._lost.get(reason, 0) + 1
+            finally:
+                self._counting.release()
+
+    def _warn(self, reason: str, name: str, message: str) -> None:
+        """Once for each reason and name; written by the sender's thread, since a log handler may block."""
+        if (reason, name) not in self._warned and len(self._warned) < 1000:
+            self._warned.add((reason, name))
+            self._warnings.append(message)
+
+    def _emit_warnings(self) -> None:
+        while self._warnings:
+            logger.warning("%s", self._warnings.popleft())
+
+    def _write_losses(self, lane: Lane) -> None:
+        self._count_refusals()
+        lost = dict(self._lost)
+        if lost != self._lost_written:
+            self._journal.write(lane, _encode(Kind.LOSS, lost))
+            self._lost_written = lost
+
+    def _housekeep(self) -> None:
+        """On the sender's thread, every flush interval."""
+        self._emit_warnings()
+        if self._refusals or self._lost != self._lost_written:
+            try:
+                lane = self._take()
+            except IndexError:
+                return
+            try:
+                # Without room now, the counts are written when there is.
+                with contextlib.suppress(TrackagentError):
+                    self._write_losses(lane)
+            finally:
+                lane.give_back(lane)
+
+    def _after_fork_in_child(self) -> None:
+        """Gives up the parent's lock and touches nothing else of the parent's. If this process
+        logs, it opens a journal of its own."""
+        self._take = _no_lane
+        self._forked_without_journal = True
+        self._is_opening = False
+        self._finishing = threading.Lock()
+        self._on_finish = lambda deadline: None
+        self._opening = threading.RLock()
+        self._journal.abandon_in_child()
+
+
+_open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for run in list(_open_runs):
+        run._after_fork_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _no_lane() -> Lane:
+    raise IndexError
+
+
+def _encode(kind: Kind, data: Mapping[str, Any], step: int = record.NO_STEP) -> bytes:
+    return record.encode_json(kind, data, step=step, time_ns=time_ns())
+
+
+def ending(error: BaseException | None) -> tuple[str, str]:
+    """Status and error of a run that this exception, or none, ends."""
+    import traceback  # only when something ends
+
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "finished", ""
+    line = "".join(traceback.format_exception_only(type(error), error)).strip().replace("\n", " ")
+    return "killed" if isinstance(error, KeyboardInterrupt) else "failed", line

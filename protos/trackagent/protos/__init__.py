@@ -1,0 +1,1 @@
+"""The wire protocols of trackagent, one package for each version."""

@@ -1,0 +1,87 @@
+"""Short ways to say what a batch holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trackagent.agent.store.contract import (
+    Batch,
+    BatchId,
+    EventData,
+    Loss,
+    Points,
+    ProducerEnd,
+    ProducerInfo,
+    Setting,
+)
+
+RUN = "ab" * 16
+OTHER_RUN = "cd" * 16
+
+
+def producer(rank: int = 0, *, attempt: int = 1, run: str = RUN, **changes: Any) -> ProducerInfo:
+    """A producer whose id follows from what it is."""
+    forked = changes.get("forked", False)
+    fields: dict[str, Any] = {
+        "producer_id": f"{run[:4]}{run[-4:]}{attempt:04}{rank:04}{forked:04}".encode(),
+        "run_id": run,
+        "attempt": attempt,
+        "rank": rank,
+        "local_rank": rank,
+        "world_size": 2,
+        "node": "node-a",
+        "pid": 4711,
+        "start_time_ns": 1_000 * attempt + rank,
+        "experiment": "gpt",
+        "run_name": "",
+        "forked": False,
+    }
+    return ProducerInfo(**(fields | changes))
+
+
+def batch(number: int, *producers: ProducerInfo, origin: str = "spool", **said: Any) -> Batch:
+    """Batch [number, number] of a spool."""
+    return Batch(BatchId(origin, number, number), producers, **said)
+
+
+def points(
+    by: ProducerInfo,
+    steps: Any,
+    *,
+    times: Any = None,
+    keys: tuple[str, ...] = ("loss",),
+    **values: Any,
+) -> Points:
+    """values: `value=[...]` for the first key, default step + position of the key / 10."""
+    of_steps = np.asarray(list(steps), dtype=np.int64)
+    of_times = of_steps * 10 if times is None else np.asarray(list(times), dtype=np.int64)
+    matrix = np.stack([of_steps + at / 10 for at in range(len(keys))])
+    if "value" in values:
+        matrix[0] = values["value"]
+    return Points(by.producer_id, keys, of_steps, of_times, matrix)
+
+
+def param(by: ProducerInfo, key: str, value: str, time_ns: int = 1) -> Setting:
+    return Setting(by.producer_id, key, value, time_ns)
+
+
+def event(by: ProducerInfo, message: str, **changes: Any) -> EventData:
+    fields: dict[str, Any] = {"time_ns": 5, "level": "info"} | changes
+    return EventData(by.producer_id, message=message, **fields)
+
+
+def end(
+    by: ProducerInfo,
+    status: str = "finished",
+    *,
+    time_ns: int = 9_000,
+    error: str = "",
+    logged: int = 0,
+) -> ProducerEnd:
+    return ProducerEnd(by.producer_id, time_ns, status, error, logged)
+
+
+def loss(by: ProducerInfo, reason: str, records: int, *, more: bool = False) -> Loss:
+    return Loss(by.producer_id, reason, records, more)

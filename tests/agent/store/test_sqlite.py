@@ -1,0 +1,777 @@
+"""The embedded store where only it can fail: faults, death, other processes, damaged and foreign files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.agent.store.batches import RUN, batch, end, event, loss, param, points, producer
+from trackagent.agent.store import open_reader, open_writer, schema
+from trackagent.agent.store.chunks import CHUNK_POINTS, CHUNK_VALUES, capacity
+from trackagent.agent.store.contract import Batch, BatchId, Rejected, StoreError
+from trackagent.agent.store.database import connect
+from trackagent.agent.store.reader import SqliteReader
+from trackagent.agent.store.sqlite import NEXT_DUE, SqliteWriter
+
+R0, R1 = producer(0), producer(1)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "store.db"
+
+
+@pytest.fixture
+def writer(path: Path) -> Iterator[SqliteWriter]:
+    writer = SqliteWriter(path)
+    yield writer
+    writer.close()
+
+
+@pytest.fixture
+def reader(path: Path, writer: SqliteWriter) -> Iterator[SqliteReader]:
+    reader = SqliteReader(path)
+    yield reader
+    reader.close()
+
+
+def full(number: int) -> Batch:
+    """A batch with something of each kind."""
+    at = number * 5
+    return batch(
+        number,
+        R0,
+        producer(number),
+        params=[param(R0, f"p{number}", "1")],
+        tags=[param(R0, "t", str(number), number)],
+        events=[event(R0, f"event {number}")],
+        points=[
+            points(R0, range(at, at + 5), keys=("a", "b")),
+            points(R0, [number], keys=(f"k{number}",)),
+        ],
+        losses=[loss(R0, "full", number)],
+        metric_records={R0.producer_id: 6},
+        ends=[end(producer(number))],
+    )
+
+
+def contents(path: Path) -> dict[str, list[Any]]:
+    """Every row of every table."""
+    connection = sqlite3.connect(path)
+    tables = [
+        row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    ]
+    rows = {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in tables}
+    connection.close()
+    return rows
+
+
+def query(path: Path, sql: str) -> list[Any]:
+    connection = sqlite3.connect(path)
+    with connection:
+        rows = connection.execute(sql).fetchall()
+    connection.close()
+    return rows
+
+
+def steps_of(path: Path, key: str = "loss") -> list[int]:
+    reader = open_reader(path)
+    steps: list[int] = reader.series(RUN, key, "rank 0").steps.tolist()
+    reader.close()
+    return steps
+
+
+# --- faults ----------------------------------------------------------------------------------------
+
+
+class Faults:
+    """An opener whose connections fail at the `at`-th statement from now, and at the statement `sql`."""
+
+    def __init__(self, error: Callable[[], Exception] | None = None) -> None:
+        self.at = -1
+        self.sql = ""
+        self.error = error or (lambda: sqlite3.OperationalError("disk I/O error"))
+
+    def count(self, sql: str) -> None:
+        self.at -= 1
+        if self.at == 0 or sql == self.sql:
+            raise self.error()
+
+    def open(self, uri: str) -> sqlite3.Connection:
+        faults = self
+
+        class Failing(sqlite3.Connection):
+            def execute(self, *args: Any) -> sqlite3.Cursor:
+                faults.count(args[0])
+                return super().execute(*args)
+
+            def executemany(self, *args: Any) -> sqlite3.Cursor:
+                faults.count(args[0])
+                return super().executemany(*args)
+
+        return sqlite3.connect(uri, uri=True, isolation_level=None, factory=Failing)
+
+
+def test_a_write_that_fails_at_any_statement_leaves_nothing_and_can_be_repeated(
+    tmp_path: Path,
+) -> None:
+    whole = SqliteWriter(tmp_path / "whole.db")
+    for number in (1, 2):
+        whole.write(full(number))
+    whole.close()
+    expected = contents(tmp_path / "whole.db")
+
+    path = tmp_path / "store.db"
+    faults = Faults()
+    writer = SqliteWriter(path, opener=faults.open)
+    writer.write(full(1))
+    before = contents(path)
+    failed = 0
+    for at in range(1, 1000):
+        faults.at = at
+        try:
+            writer.write(full(2))
+            break
+        except StoreError:
+            failed += 1
+            faults.at = -1
+            assert contents(path) == before
+    writer.close()
+    assert failed > 20
+    assert contents(path) == expected
+
+
+def test_a_write_after_a_failed_roll_back_opens_the_file_anew(path: Path) -> None:
+    faults = Faults()
+    writer = SqliteWriter(path, opener=faults.open)
+    writer.write(batch(1, R0, points=[points(R0, [1])]))
+
+    def fails_from_here_on() -> Exception:
+        faults.at = 1
+        return sqlite3.OperationalError("disk I/O error")
+
+    faults.error, faults.at = fails_from_here_on, 5
+    with pytest.raises(StoreError, match="disk I/O error"):
+        writer.write(batch(2, R0, points=[points(R0, [2])]))
+    faults.at = -1
+    writer.write(batch(2, R0, points=[points(R0, [2])]))
+    writer.close()
+    assert steps_of(path) == [1, 2]
+
+
+def test_a_merge_that_fails_at_any_statement_loses_nothing(path: Path) -> None:
+    faults = Faults()
+    writer = SqliteWriter(path, opener=faults.open)
+    for number in range(40):
+        writer.write(batch(number, R0, points=[points(R0, [number])]))
+    for at in range(1, 1000):
+        faults.at = at
+        try:
+            writer.compact(60)
+            break
+        except StoreError:
+            faults.at = -1
+            assert steps_of(path) == list(range(40))
+    writer.close()
+    assert steps_of(path) == list(range(40))
+    assert len(query(path, "SELECT * FROM chunks")) < 16
+
+
+def test_commits_are_synced_also_after_a_merge_that_could_not_say_so(path: Path) -> None:
+    faults, opened = Faults(), list[sqlite3.Connection]()
+
+    def opener(uri: str) -> sqlite3.Connection:
+        opened.append(faults.open(uri))
+        return opened[-1]
+
+    writer = SqliteWriter(path, opener=opener)
+    writer.write(batch(1, R0, points=[points(R0, [1])], ends=[end(R0)]))
+    faults.sql = "PRAGMA synchronous = FULL"
+    with pytest.raises(StoreError, match="disk I/O error"):
+        writer.compact(60)
+    faults.sql = ""
+    writer.write(batch(2, R0, points=[points(R0, [2])]))
+    synchronous = opened[-1].execute("PRAGMA synchronous").fetchone()
+    writer.close()
+    assert (synchronous, steps_of(path)) == ((2,), [1, 2])
+
+
+def test_an_opening_that_fails_at_any_statement_can_be_repeated(tmp_path: Path) -> None:
+    for at in (*range(1, 14), *range(14, 1000, 7)):
+        path = tmp_path / str(at) / "store.db"
+        faults = Faults()
+        faults.at = at
+        try:
+            SqliteWriter(path, opener=faults.open).close()
+            break
+        except StoreError:
+            writer = SqliteWriter(path)
+            writer.write(batch(1, R0))
+            writer.close()
+    assert at > 20
+
+
+def test_a_full_disk_is_named_with_the_path_and_what_to_do(path: Path) -> None:
+    faults = Faults(lambda: sqlite3.OperationalError("database or disk is full"))
+    writer = SqliteWriter(path, opener=faults.open)
+    faults.at = 4
+    with pytest.raises(
+        StoreError, match=f"cannot write a batch in {path}: .*full; free some space"
+    ):
+        writer.write(full(1))
+    writer.close()
+
+
+DIES = """
+import os, sqlite3, sys
+from pathlib import Path
+from tests.agent.store.test_sqlite import Faults, full
+from trackagent.agent.store.sqlite import SqliteWriter
+faults = Faults(lambda: os._exit(9))
+writer = SqliteWriter(Path(sys.argv[1]), opener=faults.open)
+writer.write(full(1))
+faults.at = int(sys.argv[2])
+writer.write(full(2))
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("at", [12, 30])
+def test_a_process_that_dies_while_it_writes_leaves_whole_batches(path: Path, at: int) -> None:
+    here = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", DIES, str(path), str(at)], check=False, cwd=here)
+    assert done.returncode == 9
+    reader = open_reader(path)
+    seen = (reader.params(RUN), reader.series(RUN, "a", "rank 0").steps.tolist())
+    reader.close()
+    assert seen == ({"p1": "1"}, [5, 6, 7, 8, 9])
+
+
+# --- the file --------------------------------------------------------------------------------------
+
+
+def test_file_and_folder_are_private(path: Path, writer: SqliteWriter) -> None:
+    modes = [stat.S_IMODE(one.stat().st_mode) for one in (path.parent, path)]
+    assert modes == [0o700, 0o600]
+
+
+def test_commits_are_synced(path: Path) -> None:
+    opened: list[sqlite3.Connection] = []
+
+    def opener(uri: str) -> sqlite3.Connection:
+        opened.append(connect(uri))
+        return opened[-1]
+
+    writer = SqliteWriter(path, opener=opener)
+    for number in range(20):
+        writer.write(batch(number, R0, points=[points(R0, [number])]))
+    writer.compact(60)
+    pragmas = [
+        opened[0].execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("synchronous", "journal_mode")
+    ]
+    writer.close()
+    assert pragmas == [2, "wal"]
+
+
+def test_an_older_database_is_brought_up_to_date_with_what_it_holds(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        SqliteWriter(path).close()
+    query(path, "INSERT INTO losses (producer, reason, records) VALUES (1, 'full', 7)")
+    writer = SqliteWriter(path)
+    writer.write(batch(1, R0, losses=[loss(R0, "full", 2, more=True)]))
+    writer.close()
+    reader = open_reader(path)
+    found = reader.losses(RUN)
+    reader.close()
+    assert found == {"full": 9}
+
+
+def test_a_newer_database_is_refused(path: Path, writer: SqliteWriter) -> None:
+    query(path, f"PRAGMA user_version = {schema.VERSION + 1}")
+    with pytest.raises(StoreError, match="use the trackagent that wrote it or a newer one"):
+        open_writer(path)
+
+
+def test_a_reader_refuses_a_newer_database(path: Path, writer: SqliteWriter) -> None:
+    query(path, f"PRAGMA user_version = {schema.VERSION + 1}")
+    with pytest.raises(StoreError, match="use the trackagent that wrote it or a newer one"):
+        open_reader(path)
+
+
+def test_a_newer_database_is_left_as_it_is(path: Path, writer: SqliteWriter) -> None:
+    query(path, f"PRAGMA user_version = {schema.VERSION + 1}")
+    with pytest.raises(StoreError):
+        open_writer(path)
+    assert query(path, "PRAGMA user_version") == [(schema.VERSION + 1,)]
+
+
+def test_a_reader_says_that_nothing_has_been_stored_yet(path: Path) -> None:
+    with pytest.raises(StoreError, match=f"nothing has been stored yet in {path}"):
+        open_reader(path)
+
+
+def test_a_reader_of_an_empty_file_says_that_nothing_has_been_stored_yet(tmp_path: Path) -> None:
+    (tmp_path / "store.db").touch()
+    with pytest.raises(StoreError, match="nothing has been stored yet"):
+        open_reader(tmp_path / "store.db")
+
+
+def test_a_file_that_is_no_database_is_set_aside(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"no database" * 1000)
+    writer = open_writer(path)
+    writer.write(batch(1, R0))
+    writer.close()
+    assert path.with_name("store.db.damaged-1").read_bytes() == b"no database" * 1000
+
+
+def test_a_closed_writer_says_so(path: Path) -> None:
+    writer = open_writer(path)
+    writer.close()
+    with pytest.raises(StoreError, match="closed"):
+        writer.write(full(1))
+
+
+def test_a_closed_reader_says_so(path: Path, writer: SqliteWriter) -> None:
+    reader = open_reader(path)
+    reader.close()
+    with pytest.raises(StoreError, match="closed"):
+        reader.runs()
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+def test_neighbouring_batches_are_remembered_as_one_range(path: Path, writer: SqliteWriter) -> None:
+    for number in (5, 1, 3, 2, 4, 9):
+        writer.write(batch(number, R0))
+    assert query(path, "SELECT first, last FROM applied") == [(1, 5), (9, 9)]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (5, 6), (0, 9)])
+def test_a_batch_that_overlaps_another_is_rejected(
+    writer: SqliteWriter, first: int, last: int
+) -> None:
+    for number in range(1, 6):
+        writer.write(batch(number, R0))
+    with pytest.raises(Rejected, match="overlaps 1 to 5"):
+        writer.write(Batch(BatchId("spool", first, last)))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"params": [param(R0, "\ud800", "")]},
+        {"metric_records": {R0.producer_id: 2**70}},
+        {"events": [event(R0, "", data={"a": object()})]},
+        {"points": [points(R0, [1, 2], keys=("a", "a"))]},
+        {"points": [points(R0, [1, 2], keys=("a\nb",))]},
+        {"points": [points(R0, [1], keys=tuple(map(str, range(20_000))))]},
+    ],
+)
+def test_what_sqlite_cannot_hold_is_rejected(writer: SqliteWriter, bad: dict[str, Any]) -> None:
+    with pytest.raises(Rejected):
+        writer.write(batch(1, R0, **bad))
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(
+    path: Path, writer: SqliteWriter
+) -> None:
+    other = SqliteWriter(path)
+    for number in range(10):
+        (writer, other)[number % 2].write(batch(number, R0, points=[points(R0, [number])]))
+    other.close()
+    assert steps_of(path) == list(range(10))
+
+
+# --- chunks ----------------------------------------------------------------------------------------
+
+
+def test_a_large_batch_is_cut_into_full_chunks(path: Path, writer: SqliteWriter) -> None:
+    writer.write(batch(1, R0, points=[points(R0, range(150_000))]))
+    sizes = query(path, "SELECT n FROM chunks ORDER BY start")
+    assert sizes == [(CHUNK_POINTS,), (CHUNK_POINTS,), (150_000 - 2 * CHUNK_POINTS,)]
+
+
+def test_a_large_batch_comes_back_whole(writer: SqliteWriter, reader: SqliteReader) -> None:
+    values = np.random.default_rng(1).normal(size=150_000)
+    writer.write(batch(1, R0, points=[points(R0, range(150_000), value=values)]))
+    assert reader.series(RUN, "loss", "rank 0").values.tobytes() == values.tobytes()
+
+
+def test_a_batch_of_many_keys_is_cut_into_blocks_of_bounded_size(
+    path: Path, writer: SqliteWriter
+) -> None:
+    keys = tuple(f"k{i}" for i in range(1000))
+    writer.write(batch(1, R0, points=[points(R0, range(100), keys=keys)]))
+    assert query(path, "SELECT start, n FROM chunks ORDER BY start") == [(0, 65), (65, 35)]
+
+
+@pytest.mark.parametrize("keys", [1, 16, 17, 1000, 4096])
+def test_a_full_chunk_has_a_bounded_number_of_points_and_values(keys: int) -> None:
+    assert capacity(keys) <= CHUNK_POINTS
+    assert capacity(keys) * keys <= CHUNK_VALUES
+
+
+def test_merging_leaves_few_rows(path: Path, writer: SqliteWriter) -> None:
+    for number in range(100):
+        writer.write(batch(number, R0, points=[points(R0, [number], keys=("a", "b"))]))
+        writer.compact(60)
+    assert len(query(path, "SELECT id FROM chunks")) < 25
+
+
+def test_an_ended_producer_is_one_chunk(path: Path, writer: SqliteWriter) -> None:
+    for number in range(50):
+        writer.write(batch(number, R0, points=[points(R0, [number], keys=("a", "b"))]))
+    writer.write(batch(50, ends=[end(R0)]))
+    writer.compact(60)
+    assert query(path, "SELECT start, n FROM chunks") == [(0, 50)]
+
+
+def test_merged_points_come_back(path: Path, writer: SqliteWriter) -> None:
+    for number in range(50):
+        writer.write(batch(number, R0, points=[points(R0, [number] * 40, times=range(40))]))
+    writer.write(batch(50, ends=[end(R0)]))
+    writer.compact(60)
+    assert steps_of(path) == [step for step in range(50) for _ in range(40)]
+
+
+def test_compaction_keeps_to_its_deadline(path: Path) -> None:
+    ticks = iter(range(100))
+    writer = SqliteWriter(path, clock=lambda: next(ticks))
+    ranks = [producer(rank) for rank in range(8)]
+    writer.write(
+        batch(1, *ranks, points=[points(info, [1]) for info in ranks], ends=map(end, ranks))
+    )
+    assert writer.compact(3) is True
+    writer.close()
+    assert len(query(path, "SELECT id FROM streams WHERE due > 0")) > 0
+
+
+def test_the_next_stream_to_merge_is_found_without_a_scan(path: Path, writer: SqliteWriter) -> None:
+    plan = query(path, f"EXPLAIN QUERY PLAN {NEXT_DUE}")
+    assert "idx_streams_due" in plan[0][-1]
+
+
+def test_free_pages_go_back_to_the_file_system(path: Path, writer: SqliteWriter) -> None:
+    noise = np.random.default_rng(1).integers(0, 2**64, 400_000, dtype=np.uint64).view(np.float64)
+    keys = tuple(f"k{i}" for i in range(10))
+    for number in range(8):
+        writer.write(
+            batch(number, R0, points=[points(R0, range(50_000), keys=keys, value=noise[:50_000])])
+        )
+    before = query(path, "PRAGMA page_count")[0][0]
+    query(path, "DELETE FROM columns")
+    while writer.compact(60):
+        pass
+    assert query(path, "PRAGMA page_count")[0][0] < max(4096, before // 2)
+
+
+# --- damage ----------------------------------------------------------------------------------------
+
+
+def flip(path: Path, table: str, where: str, at: int = -1) -> None:
+    """Changes one byte of the data of one row in the file, behind the back of SQLite."""
+    ((data,),) = query(path, f"SELECT data FROM {table} WHERE {where}")
+    query(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+    content = bytearray(path.read_bytes())
+    # A long row lies in many pages, its first bytes in one piece.
+    place = content.index(data[:32]) + (at if at >= 0 else min(31, len(data) - 1))
+    content[place] ^= 0xFF
+    path.write_bytes(content)
+    assert query(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def column(chunk: int, position: int) -> str:
+    """The row of `columns` with the steps (0), times (1) or values of a key (2 + its place)."""
+    return f"id = {chunk * schema.COLUMNS_PER_CHUNK + position}"
+
+
+def noise(n: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=n)
+
+
+def exported(path: Path) -> dict[tuple[str, str], list[int]]:
+    """The steps that an export has, by key and source."""
+    found: dict[tuple[str, str], list[int]] = {}
+    reader = open_reader(path)
+    for block in reader.export(RUN):
+        for key in block.keys:
+            found.setdefault((key, block.source), []).extend(block.steps.tolist())
+    reader.close()
+    return found
+
+
+def damage(path: Path) -> list[str]:
+    reader = open_reader(path)
+    found = reader.damage(RUN)
+    reader.close()
+    return found
+
+
+STEPS_LEFT = [*range(CHUNK_POINTS), *range(2 * CHUNK_POINTS, 150_000)]
+
+
+@pytest.fixture
+def filled(path: Path) -> Path:
+    """Two full chunks and a third of two keys, and another rank; the chunks have ids 1 to 4."""
+    n = 150_000
+    writer = SqliteWriter(path)
+    writer.write(
+        batch(
+            1,
+            R0,
+            R1,
+            points=[points(R0, range(n), keys=("a", "b"), value=noise(n)), points(R1, range(9))],
+        )
+    )
+    writer.close()
+    return path
+
+
+def test_a_series_has_all_but_a_damaged_full_chunk(filled: Path) -> None:
+    flip(filled, "columns", column(2, 2))
+    assert steps_of(filled, "a") == STEPS_LEFT
+
+
+def test_a_drawing_has_all_but_a_damaged_full_chunk(filled: Path) -> None:
+    flip(filled, "columns", column(2, 2))
+    reader = open_reader(filled)
+    drawn = reader.buckets(RUN, "a", "rank 0", 100)
+    reader.close()
+    assert drawn.count.sum() == len(STEPS_LEFT)
+
+
+def test_a_damaged_column_of_values_costs_no_other_key(filled: Path) -> None:
+    flip(filled, "columns", column(2, 2))
+    assert steps_of(filled, "b") == list(range(150_000))
+
+
+def test_an_export_has_all_but_a_damaged_column_of_values(filled: Path) -> None:
+    flip(filled, "columns", column(2, 2))
+    assert exported(filled) == {
+        ("a", "rank 0"): STEPS_LEFT,
+        ("b", "rank 0"): list(range(150_000)),
+        ("loss", "rank 1"): list(range(9)),
+    }
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_damaged_steps_or_times_cost_all_keys_of_their_chunk(filled: Path, position: int) -> None:
+    flip(filled, "columns", column(2, position))
+    assert exported(filled) == {
+        ("a", "rank 0"): STEPS_LEFT,
+        ("b", "rank 0"): STEPS_LEFT,
+        ("loss", "rank 1"): list(range(9)),
+    }
+
+
+def test_a_missing_column_costs_its_key_only(filled: Path) -> None:
+    query(filled, f"DELETE FROM columns WHERE {column(2, 3)}")
+    assert (steps_of(filled, "a"), steps_of(filled, "b")) == (list(range(150_000)), STEPS_LEFT)
+
+
+def test_a_damaged_column_of_values_is_named_with_its_key(filled: Path) -> None:
+    flip(filled, "columns", column(2, 3))
+    expected = "65536 points of b of rank 0 after the first 65536: the checksum does not match"
+    assert damage(filled) == [expected]
+
+
+def test_damaged_steps_are_named_with_all_keys(filled: Path) -> None:
+    flip(filled, "columns", column(3, 0))
+    expected = "18928 points of a, b of rank 0 after the first 131072: the checksum does not match"
+    assert damage(filled) == [expected]
+
+
+def test_of_many_damaged_keys_a_few_are_named(path: Path, writer: SqliteWriter) -> None:
+    keys = tuple(f"k{i}" for i in range(10))
+    writer.write(batch(1, R0, points=[points(R0, [5], keys=keys)]))
+    flip(path, "chunks", "id = 1")
+    expected = "1 point of k0, k1, k2 and 7 more keys of rank 0 after the first 0"
+    assert damage(path) == [f"{expected}: the checksum does not match"]
+
+
+def test_the_rest_of_an_ended_stream_outlives_a_damaged_last_chunk(path: Path) -> None:
+    writer = SqliteWriter(path)
+    n = CHUNK_POINTS + 100
+    for number, at in enumerate(range(0, n, n // 4)):
+        steps = range(at, min(at + n // 4, n))
+        writer.write(batch(number, R0, points=[points(R0, steps, value=noise(len(steps), number))]))
+    writer.write(batch(9, ends=[end(R0)]))
+    while writer.compact(60):
+        pass
+    (last,) = query(path, "SELECT id FROM chunks WHERE n = 100 AND data IS NOT NULL")
+    flip(path, "chunks", f"id = {last[0]}")
+    writer.compact(60)
+    writer.close()
+    assert steps_of(path) == list(range(CHUNK_POINTS))
+
+
+def test_a_series_of_which_all_is_damaged_is_empty(path: Path, writer: SqliteWriter) -> None:
+    writer.write(batch(1, R0, points=[points(R0, range(5))], ends=[end(R0)]))
+    writer.compact(60)
+    flip(path, "chunks", "id = 1")
+    assert (steps_of(path), exported(path), len(damage(path))) == ([], {}, 1)
+
+
+def test_a_cursor_goes_past_a_damaged_chunk(path: Path, writer: SqliteWriter) -> None:
+    for number in range(3):
+        writer.write(batch(number, R0, points=[points(R0, [number])]))
+    flip(path, "chunks", "start = 2")
+    reader, cursor = open_reader(path), dict[str, int]()
+    list(reader.export(RUN, skip=cursor))
+    writer.write(batch(3, R0, points=[points(R0, [3])]))
+    found = [block.steps.tolist() for block in reader.export(RUN, skip=cursor)]
+    reader.close()
+    assert found == [[3]]
+
+
+@pytest.fixture
+def damaged(path: Path, writer: SqliteWriter) -> Path:
+    """A store with forty chunks of which one has a changed byte."""
+    for number in range(40):
+        writer.write(batch(number, R0, points=[points(R0, [number])]))
+    flip(path, "chunks", "start = 3", 20)
+    return path
+
+
+def test_a_damaged_chunk_is_left_out_before_it_is_set_aside(damaged: Path) -> None:
+    assert steps_of(damaged) == [step for step in range(40) if step != 3]
+
+
+def test_what_was_set_aside_is_still_named(damaged: Path, writer: SqliteWriter) -> None:
+    writer.compact(60)
+    expected = "1 point of loss of rank 0 after the first 3: the checksum does not match"
+    assert damage(damaged) == [expected]
+
+
+def test_other_keys_of_what_was_set_aside_can_still_be_read(
+    path: Path, writer: SqliteWriter
+) -> None:
+    said = points(R0, range(2000), keys=("a", "b"), value=noise(2000))
+    writer.write(batch(1, R0, points=[said]))
+    writer.write(batch(2, R0, points=[points(R0, [2000], keys=("a", "b"))], ends=[end(R0)]))
+    flip(path, "columns", column(1, 2))
+    writer.compact(60)
+    assert query(path, "SELECT level FROM chunks WHERE id = 1") == [(-1,)]
+    assert (steps_of(path, "a"), steps_of(path, "b")) == ([2000], list(range(2001)))
+
+
+def test_merging_sets_a_damaged_chunk_aside_and_keeps_the_rest(
+    damaged: Path, writer: SqliteWriter
+) -> None:
+    writer.compact(60)
+    assert steps_of(damaged) == [step for step in range(40) if step != 3]
+
+
+def test_a_damaged_chunk_is_named_in_the_run(
+    damaged: Path, writer: SqliteWriter, reader: SqliteReader
+) -> None:
+    writer.compact(60)
+    (found,) = reader.events(RUN)
+    assert (found.level, found.data["points"]) == ("error", 1)
+
+
+# --- readers ---------------------------------------------------------------------------------------
+
+
+def test_a_reader_sees_what_was_written_since_it_was_opened(
+    writer: SqliteWriter, reader: SqliteReader
+) -> None:
+    writer.write(batch(1, R0, points=[points(R0, [1])]))
+    assert reader.run("latest").points == 1
+
+
+def test_a_reader_works_when_no_agent_runs(path: Path) -> None:
+    writer = open_writer(path)
+    writer.write(batch(1, R0, points=[points(R0, [1])]))
+    writer.close()
+    assert not path.with_name("store.db-wal").exists()
+    assert steps_of(path) == [1]
+
+
+def test_a_reader_works_in_a_folder_that_it_cannot_write() -> None:
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "store.db"
+    try:
+        writer = open_writer(path)
+        writer.write(batch(1, R0, points=[points(R0, [1])]))
+        writer.close()
+        path.chmod(0o444)
+        folder.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may write everywhere
+        try:
+            assert not os.access(folder, os.W_OK, effective_ids=True)
+            assert steps_of(path) == [1]
+        finally:
+            os.seteuid(user)
+    finally:
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_an_export_goes_on_over_merges_and_new_points(
+    writer: SqliteWriter, reader: SqliteReader
+) -> None:
+    for number in range(20):
+        writer.write(batch(number, R0, points=[points(R0, [number])]))
+    exported = reader.export(RUN)
+    seen = [next(exported).steps]
+    writer.write(batch(20, R0, points=[points(R0, [20])]))
+    writer.compact(60)
+    seen += [block.steps for block in exported]
+    assert np.concatenate(seen).tolist() == list(range(20))
+
+
+def test_an_export_left_half_way_holds_no_transaction(path: Path, writer: SqliteWriter) -> None:
+    reader = SqliteReader(path)
+    for number in range(3):
+        writer.write(batch(number, R0, points=[points(R0, [number])]))
+    exported = reader.export(RUN)
+    next(exported)
+    busy, *_ = query(path, "PRAGMA wal_checkpoint(TRUNCATE)")[0]
+    reader.close()
+    assert busy == 0
+
+
+def test_readers_in_many_threads_see_whole_batches(
+    writer: SqliteWriter, reader: SqliteReader
+) -> None:
+    writer.write(batch(0, R0, points=[points(R0, range(10), keys=("a", "b"))]))
+    done, torn = threading.Event(), list[int]()
+
+    def read() -> None:
+        while not done.is_set():
+            n = len(reader.series(RUN, "b", "rank 0").steps)
+            if n % 10 or reader.run(RUN).points % 20:
+                torn.append(n)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(1, 40):
+        at = number * 10
+        writer.write(batch(number, R0, points=[points(R0, range(at, at + 10), keys=("a", "b"))]))
+        writer.compact(60)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert torn == []

@@ -1,0 +1,206 @@
+"""The agent's configuration: precedence, checks, and the sample file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from trackagent.agent.config import AgentConfig, flag, load, variable
+from trackagent.agent.errors import ConfigError
+from trackagent.client.config import ClientConfig
+
+SAMPLE = Path(__file__).parents[2] / "docs" / "config.sample.toml"
+FIELDS = [field.name for field in dataclasses.fields(AgentConfig)]
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """An environment in which nothing is set and no configuration file is found."""
+    return {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "none")}
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_beats_the_default(tmp_path: Path, environ: dict[str, str]) -> None:
+    config, _ = load({}, environ, written(tmp_path, "max_streams = 7"))
+    assert config.max_streams == 7
+
+
+def test_the_environment_beats_the_file(tmp_path: Path, environ: dict[str, str]) -> None:
+    environ["TRACKAGENT_MAX_STREAMS"] = "8"
+    config, _ = load({}, environ, written(tmp_path, "max_streams = 7"))
+    assert config.max_streams == 8
+
+
+def test_a_flag_beats_the_environment(environ: dict[str, str]) -> None:
+    environ["TRACKAGENT_MAX_STREAMS"] = "8"
+    config, _ = load({"max_streams": "9"}, environ)
+    assert config.max_streams == 9
+
+
+def test_a_flag_that_was_not_given_changes_nothing(environ: dict[str, str]) -> None:
+    environ["TRACKAGENT_MAX_STREAMS"] = "8"
+    config, _ = load({"max_streams": None}, environ)
+    assert config.max_streams == 8
+
+
+def test_an_empty_variable_is_one_that_is_not_set(environ: dict[str, str]) -> None:
+    environ["TRACKAGENT_MAX_STREAMS"] = ""
+    _, origins = load({}, environ)
+    assert origins["max_streams"] == "default"
+
+
+def test_every_value_says_where_it_comes_from(tmp_path: Path, environ: dict[str, str]) -> None:
+    path = written(tmp_path, "max_streams = 7\ngroup = 'ml'")
+    environ["TRACKAGENT_STATE"] = str(tmp_path / "state")
+    _, origins = load({"log_level": "debug"}, environ, path)
+    expected = dict.fromkeys(FIELDS, "default") | {
+        "max_streams": f"file {path}",
+        "group": f"file {path}",
+        "state_directory": "environment TRACKAGENT_STATE",
+        "log_level": "flag --log-level",
+    }
+    assert origins == expected
+
+
+def test_the_file_can_be_named_by_the_environment(tmp_path: Path, environ: dict[str, str]) -> None:
+    environ["TRACKAGENT_CONFIG"] = str(written(tmp_path, "max_streams = 7"))
+    config, _ = load({}, environ)
+    assert config.max_streams == 7
+
+
+def test_the_file_of_the_user_is_found(tmp_path: Path, environ: dict[str, str]) -> None:
+    del environ["XDG_CONFIG_HOME"]
+    folder = tmp_path / ".config" / "trackagent"
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text("max_streams = 7")
+    config, _ = load({}, environ)
+    assert config.max_streams == 7
+
+
+def test_the_folders_are_those_of_the_client(environ: dict[str, str]) -> None:
+    from trackagent.client.config import default_directory, default_state_directory
+
+    environ |= {"TRACKAGENT_DIR": "/run/x", "XDG_STATE_HOME": "/var/y"}
+    config, _ = load({}, environ)
+    assert (config.directory, config.state_directory) == (
+        default_directory(environ),
+        default_state_directory(environ),
+    )
+
+
+def test_a_folder_in_a_file_is_relative_to_the_file(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
+    config, _ = load({}, environ, written(tmp_path, "state_directory = 'here'"))
+    assert config.state_directory == tmp_path / "here"
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
+    path = written(tmp_path, "spol_bytes = 1")
+    with pytest.raises(ConfigError) as refused:
+        load({}, environ, path)
+    assert str(refused.value) == f"unknown key 'spol_bytes' in {path}: did you mean spool_bytes?"
+
+
+def test_a_missing_file_that_was_named_is_an_error(tmp_path: Path, environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/gone.toml: no such file")):
+        load({}, environ, tmp_path / "gone.toml")
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"agent\.toml: .*line 1"):
+        load({}, environ, written(tmp_path, "max_streams: 7"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("max_streams", "many"),
+        ("max_streams", "0"),
+        ("max_batch_bytes", "1000"),
+        ("max_batch_bytes", "1e6"),
+        ("spool_bytes", "4 GiB"),
+        ("deliver_interval_s", "nan"),
+        ("drain_timeout_s", "-1"),
+        ("log_level", "loud"),
+        ("directory", "/" + "x" * 100),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_its_variable(
+    environ: dict[str, str], name: str, text: str
+) -> None:
+    environ[variable(name)] = text
+    with pytest.raises(ConfigError, match=variable(name) if name != "directory" else "socket path"):
+        load({}, environ)
+
+
+@pytest.mark.parametrize("text", ["true", "2.5", "'7'", "[7]"])
+def test_a_value_of_another_type_is_refused(
+    tmp_path: Path, environ: dict[str, str], text: str
+) -> None:
+    path = written(tmp_path, f"max_streams = {text}")
+    with pytest.raises(ConfigError, match=r"max_streams is .*: give a whole number"):
+        load({}, environ, path)
+
+
+def test_the_spool_holds_several_batches(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="at least 4 times max_batch_bytes"):
+        load({"spool_bytes": 16 << 20, "max_batch_bytes": 8 << 20}, environ)
+
+
+def uncommented(text: str) -> str:
+    return re.sub(r"^#(?=\w+ = |\[)", "", text, flags=re.MULTILINE)
+
+
+def test_the_sample_sets_nothing_as_it_stands(environ: dict[str, str]) -> None:
+    assert load({}, environ, SAMPLE)[1] == dict.fromkeys(FIELDS, "default")
+
+
+def test_the_sample_shows_every_setting_once() -> None:
+    agent, _, client = SAMPLE.read_text().partition("#[client]")
+    shared = {"directory", "state_directory"}
+    client_fields = {field.name for field in dataclasses.fields(ClientConfig)} - shared
+    assert sorted(re.findall(r"^#(\w+) = ", agent, re.MULTILINE)) == sorted(FIELDS)
+    assert sorted(re.findall(r"^#(\w+) = ", client, re.MULTILINE)) == sorted(client_fields)
+
+
+def test_the_sample_shows_the_defaults(tmp_path: Path, environ: dict[str, str]) -> None:
+    path = written(tmp_path, uncommented(SAMPLE.read_text()))
+    shown, _ = load({}, environ, path)
+    defaults, _ = load({}, environ)
+    # Paths differ from user to user, and the default of group is none.
+    mine = {"directory", "state_directory", "group"}
+    assert {n: getattr(shown, n) for n in FIELDS if n not in mine} == {
+        n: getattr(defaults, n) for n in FIELDS if n not in mine
+    }
+
+
+def test_the_sample_shows_the_clients_defaults(tmp_path: Path, environ: dict[str, str]) -> None:
+    path = written(tmp_path, uncommented(SAMPLE.read_text()))
+    shown = ClientConfig.load(environ=environ | {"TRACKAGENT_CONFIG": str(path)})
+    mine = {"directory", "state_directory", "agent"}
+    defaults = ClientConfig.load(environ=environ)
+    names = {field.name for field in dataclasses.fields(ClientConfig)} - mine
+    assert {n: getattr(shown, n) for n in names} == {n: getattr(defaults, n) for n in names}
+
+
+def test_the_sample_names_the_variable_of_every_setting() -> None:
+    text = SAMPLE.read_text()
+    assert [name for name in FIELDS if f"({variable(name)}" not in text] == []
+
+
+def test_every_setting_has_a_flag() -> None:
+    from trackagent.agent.cli.agent import start_command
+
+    flags = {option for parameter in start_command.params for option in parameter.opts}
+    assert [name for name in FIELDS if flag(name) not in flags] == []

@@ -1,0 +1,121 @@
+"""A producer's identity as it comes from outside: every field, believed only when it can be true."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from tests.agent.samples import producer
+from trackagent.agent.producers import MAX_RANKS, BadIdentity, checked
+from trackagent.agent.store.contract import ProducerInfo
+
+FIELDS = [field.name for field in dataclasses.fields(ProducerInfo)]
+
+BAD: list[tuple[str, Any, str]] = [
+    ("producer_id", b"", "producer_id is not 16 bytes"),
+    ("producer_id", bytes(15), "producer_id is not 16 bytes"),
+    ("producer_id", bytes(17), "producer_id is not 16 bytes"),
+    ("producer_id", "00" * 16, "producer_id is '0000.*': expected bytes"),
+    ("run_id", "", "run_id is not 32 lower-case hexadecimal digits"),
+    ("run_id", "a" * 31, "run_id is not 32"),
+    ("run_id", "a" * 33, "run_id is not 32"),
+    ("run_id", "A" * 32, "run_id is not 32"),
+    ("run_id", "g" * 32, "run_id is not 32"),
+    ("run_id", "a" * 31 + "\n", "run_id is not 32"),
+    ("run_id", "../" + "a" * 29, "run_id is not 32"),
+    ("run_id", 7, "run_id is 7: expected str"),
+    ("attempt", 0, "attempt is 0: expected 1 to"),
+    ("attempt", -1, "attempt is -1: expected 1 to"),
+    ("attempt", 1 << 31, "attempt is 2147483648: expected 1 to 2147483647"),
+    ("attempt", 1.0, "attempt is 1.0: expected int"),
+    ("attempt", True, "attempt is True: expected int"),
+    ("rank", -1, "rank is -1: expected 0 to"),
+    ("rank", 64, "rank is 64 in a world of 64"),
+    ("rank", MAX_RANKS, "rank is 16777216: expected 0 to 16777215"),
+    ("rank", "3", "rank is '3': expected int"),
+    ("local_rank", -1, "local_rank is -1: expected 0 to"),
+    ("local_rank", MAX_RANKS, "local_rank is 16777216: expected"),
+    ("world_size", 0, "world_size is 0: expected 1 to"),
+    ("world_size", MAX_RANKS, "world_size is 16777216: expected"),
+    ("world_size", None, "world_size is None: expected int"),
+    ("node", "", "node is not a host name of 1 to 253 characters"),
+    ("node", "x" * 254, "node is not a host name"),
+    ("node", "a b", "node is not a host name"),
+    ("node", "a\n", "node is not a host name"),
+    ("node", "knoten-ü", "node is not a host name"),
+    ("node", b"host", "node is b'host': expected str"),
+    ("pid", -1, "pid is -1: expected 0 to"),
+    ("pid", 1 << 32, "pid is 4294967296: expected"),
+    ("start_time_ns", -1, "start_time_ns is -1: expected 0 to"),
+    ("start_time_ns", 1 << 63, "start_time_ns is 9223372036854775808: expected"),
+    ("start_time_ns", 1.5, "start_time_ns is 1.5: expected int"),
+    ("experiment", "", "an empty experiment"),
+    ("experiment", "x" * 251, "experiment .* has 251 characters"),
+    ("experiment", "a\nb", "experiment .* control characters"),
+    ("experiment", "\ud800", "experiment .* cannot be written as UTF-8"),
+    ("experiment", None, "experiment is None: expected str"),
+    ("run_name", "x" * 251, "run_name .* has 251 characters"),
+    ("run_name", "a\x00b", "run_name .* control characters"),
+    ("run_name", 3, "run_name is 3: expected str"),
+    ("forked", 1, "forked is 1: expected bool"),
+    ("forked", None, "forked is None: expected bool"),
+]
+
+GOOD: list[tuple[str, Any]] = [
+    ("attempt", (1 << 31) - 1),
+    ("rank", 63),
+    ("local_rank", 0),
+    ("world_size", MAX_RANKS - 1),
+    ("node", "x" * 253),
+    ("node", "10.0.0.1"),
+    ("pid", (1 << 32) - 1),
+    ("start_time_ns", (1 << 63) - 1),
+    ("experiment", "x" * 250),
+    ("experiment", "größe ✓"),
+    ("run_name", ""),
+    ("run_name", "x" * 250),
+    ("forked", True),
+]
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    return dataclasses.asdict(producer()) | changes
+
+
+def test_good_fields_are_the_producer() -> None:
+    assert checked(fields()) == producer()
+
+
+@pytest.mark.parametrize(("name", "value"), GOOD)
+def test_a_field_at_its_limit_is_believed(name: str, value: Any) -> None:
+    assert getattr(checked(fields(**{name: value})), name) == value
+
+
+@pytest.mark.parametrize(("name", "value", "message"), BAD)
+def test_a_bad_field_is_refused_by_name(name: str, value: Any, message: str) -> None:
+    with pytest.raises(BadIdentity, match=message):
+        checked(fields(**{name: value}))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_field_is_refused_by_name(name: str) -> None:
+    incomplete = fields()
+    del incomplete[name]
+    with pytest.raises(BadIdentity, match=f"the producer has no {name}"):
+        checked(incomplete)
+
+
+def test_every_field_has_a_bad_example() -> None:
+    assert {name for name, _, _ in BAD} == set(FIELDS)
+
+
+def test_a_field_that_is_not_known_is_ignored() -> None:
+    assert checked(fields(colour="blue")) == producer()
+
+
+def test_a_long_bad_value_is_cut_in_the_message() -> None:
+    with pytest.raises(BadIdentity) as error:
+        checked(fields(rank="x" * 100_000))
+    assert len(str(error.value)) < 200

@@ -1,0 +1,56 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.fakes import LAUNCHER_VARIABLES, AgentProcess, Folders, short_folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_from_outside() -> Iterator[None]:
+    """No test depends on, or writes to, what the user who runs it has set."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith("TRACKAGENT_") or name in LAUNCHER_VARIABLES:
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture
+def folders() -> Iterator[Folders]:
+    """Fresh folders for one test: (directory, state)."""
+    base = short_folder()
+    yield Folders.under(base)
+    shutil.rmtree(base)
+
+
+@pytest.fixture(scope="module")
+def agent() -> Iterator[AgentProcess]:
+    """A running agent on folders of its own, shared by the tests of one file: let them look only at the runs
+    that they made."""
+    base = short_folder()
+    process = AgentProcess(Folders.under(base), "--deliver-interval-s", "0.02")
+    try:
+        yield process.start()
+    finally:
+        process.close()
+        shutil.rmtree(base)
+
+
+@pytest.fixture
+def own_agent(folders: Folders) -> Iterator[Callable[..., AgentProcess]]:
+    """own_agent(*flags): an agent on this test's own `folders`, not yet started, ended after the test."""
+    made: list[AgentProcess] = []
+
+    def make(*flags: str) -> AgentProcess:
+        made.append(AgentProcess(folders, *flags))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.close()

@@ -1,0 +1,142 @@
+"""Signal handlers that log, and end the run, whatever they interrupt."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+from collections import Counter
+
+import pytest
+
+from tests.fakes import DEADLINE_S, AgentProcess, next_line, start_script
+
+# Logs in a tight loop until the handler has run 3000 times; the handler, which may interrupt itself too, logs
+# another series, and prints when it begins and ends. Of 50 records one finds keys that its segment does not
+# know, of 600 one a full segment.
+STORM = """
+import itertools, os, signal
+from trackagent import client
+
+run = client.init(experiment="storm")
+numbers = itertools.count()
+handled = []
+
+def handler(signal_number, frame):
+    os.write(1, b"(")
+    i = next(numbers)
+    client.log({"handler": i, f"handler{i // 50}": 1.0}, step=i)
+    handled.append(i)
+    os.write(1, b")")
+
+signal.signal(signal.SIGTERM, handler)
+print("ready", flush=True)
+i = 0
+while len(handled) < 3000:
+    client.log({"main": i, f"main{i // 50 % 100}": 1.0}, step=i)
+    i += 1
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(f"\\n{run.id} {i} {len(handled)} {client.finish()}", flush=True)
+"""
+# Fewer than the log calls that may interrupt one another.
+MAX_DEPTH = 32
+
+
+def storm(process: subprocess.Popen[str]) -> str:
+    """Sends SIGTERM as fast as the process can take it; what it printed."""
+    output = b""
+    pending = 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while True:
+            depth = output.count(b"(") - output.count(b")")
+            room = depth + pending < MAX_DEPTH
+            if room:
+                process.send_signal(signal.SIGTERM)
+                pending += 1
+            if selector.select(0 if room else DEADLINE_S):
+                piece = os.read(process.stdout.fileno(), 4096)
+                if not piece:
+                    return output.decode()
+                output += piece
+                pending = 0
+            else:
+                assert room, "the process hangs"
+
+
+def test_log_in_a_handler_that_interrupts_log_thousands_of_times_loses_nothing(
+    agent: AgentProcess,
+) -> None:
+    with start_script(agent.folders, STORM, TRACKAGENT_SEGMENT_BYTES="65536") as process:
+        assert next_line(process) == "ready"
+        output = storm(process)
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (0, "")
+    run_id, main, handled, delivered = output.splitlines()[-1].split()
+    assert delivered == "True"
+    run = agent.wait_for_status(run_id, "finished")
+    assert run.lost_records == 0
+    expected = [(f"main{i // 50 % 100}", i) for i in range(int(main))]
+    expected += [(f"handler{i // 50}", i) for i in range(int(handled))]
+    expected += [("main", i) for i in range(int(main))]
+    expected += [("handler", i) for i in range(int(handled))]
+    points = agent.exported(run_id)
+    assert Counter((point.key, point.step) for point in points) == Counter(expected)
+
+
+# Logs until SIGTERM, whose handler logs once more, ends the run, and exits.
+GRACEFUL = """
+import signal, sys
+from trackagent import client
+
+run = client.init(experiment="graceful")
+i = 0
+
+def handler(signal_number, frame):
+    client.log({"last": 1.0}, step=0)
+    delivered = client.finish("killed", "SIGTERM")
+    print(run.id, i, delivered, flush=True)
+    sys.exit(3)
+
+signal.signal(signal.SIGTERM, handler)
+print("ready", flush=True)
+while True:
+    client.log({"loss": i}, step=i)
+    i += 1
+"""
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_handler_may_log_and_finish_and_exit(agent: AgentProcess, attempt: int) -> None:
+    with start_script(agent.folders, GRACEFUL) as process:
+        assert next_line(process) == "ready"
+        process.terminate()
+        output, errors = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, errors) == (3, "")
+    run_id, returned, delivered = output.split()
+    assert delivered == "True"
+    run = agent.wait_for_status(run_id, "killed")
+    assert run.error == "SIGTERM"
+    points = agent.exported(run_id)
+    steps = sorted(point.step for point in points if point.key == "loss")
+    # The call that the handler interrupted may have got far enough, or not.
+    assert steps in (list(range(int(returned))), list(range(int(returned) + 1)))
+    assert [point.value for point in points if point.key == "last"] == [1.0]
+    agent.wait_for_no_journals()
+
+
+def test_a_process_that_sigterm_ends_at_once_loses_nothing(agent: AgentProcess) -> None:
+    program = GRACEFUL.replace("signal.signal(signal.SIGTERM, handler)", "").replace(
+        "    i += 1", "    i += 1\n    if i == 1000: print(run.id, flush=True)"
+    )
+    with start_script(agent.folders, program) as process:
+        assert next_line(process) == "ready"
+        run_id = next_line(process)
+        process.terminate()
+        process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == -signal.SIGTERM
+    agent.wait_for_status(run_id, "killed")
+    steps = [point.step for point in agent.exported(run_id)]
+    assert len(steps) >= 1000
+    assert sorted(steps) == list(range(len(steps)))
