@@ -1,0 +1,1 @@
+"""Measures what trackagent promises to cost: `python -m benchmarks`; one file a subject."""

@@ -1,0 +1,84 @@
+"""What the agent takes from its node beside a steady job: CPU and memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from uuid import uuid4
+
+from benchmarks.figures import Figure, node, outcome, start_worker
+
+RANKS, METRICS, RATE_HZ = 8, 50, 10
+SECONDS, QUICK_SECONDS, WARM_UP_S = 30.0, 10.0, 3.0
+BUDGET_PERCENT, BUDGET_MIB = 5.0, 120.0
+SAMPLE_S = 0.5
+
+
+def measure(quick: bool) -> Iterator[Figure]:
+    """Percent of a core and the largest resident memory while RANKS ranks log METRICS metrics at RATE_HZ."""
+    seconds = QUICK_SECONDS if quick else SECONDS
+    with node(agent=True) as here:
+        assert here.agent is not None
+        run_id = uuid4().hex
+        workers = []
+        for rank in range(RANKS):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
+            more = {name: str(value) for name, value in place.items()}
+            more["TRACKAGENT_RUN_ID"] = run_id
+            workers.append(start_worker("agent", here, [rank], more=more))
+        for worker in workers:
+            assert worker.stdout
+            worker.stdout.readline()
+        time.sleep(WARM_UP_S)
+        before, began, largest = here.agent.cpu_times(), time.perf_counter(), 0
+        while (taken := time.perf_counter() - began) < seconds:
+            time.sleep(min(SAMPLE_S, seconds - taken))
+            largest = max(largest, here.agent.memory_info().rss)
+        taken, after = time.perf_counter() - began, here.agent.cpu_times()
+        for worker in workers:
+            assert worker.stdin
+            worker.stdin.close()
+            worker.stdin = None
+        logged = [outcome(worker) for worker in workers]
+    user, system = after.user - before.user, after.system - before.system
+    yield Figure(
+        name="CPU",
+        value=100 * (user + system) / taken,
+        unit="% of a core",
+        budget=BUDGET_PERCENT,
+        note=f"user {100 * user / taken:.1f}, system {100 * system / taken:.1f}, over {taken:.0f} s; "
+        f"{sum(logged)} records, no collectors",
+    )
+    yield Figure(
+        name="resident memory",
+        value=largest / 2**20,
+        unit="MiB",
+        budget=BUDGET_MIB,
+        note="the largest of two samples a second",
+    )
+
+
+def _worker(rank: int) -> int:
+    """Logs until its standard input is closed; how many records."""
+    import select
+
+    from trackagent import client
+
+    run = client.init("bench")
+    print("ready", flush=True)
+    began, step = time.perf_counter(), 0
+    while True:
+        wait_s = max(0.0, began + step / RATE_HZ - time.perf_counter())
+        if select.select([sys.stdin], [], [], wait_s)[0]:
+            break
+        metrics = {f"train/metric_{i}": 1.0 / (step + i + rank + 1) for i in range(METRICS)}
+        run.log(metrics, step)
+        step += 1
+    run.finish()
+    return step
+
+
+if __name__ == "__main__":
+    print(json.dumps(_worker(int(sys.argv[1]))))
