@@ -204,3 +204,24 @@ def test_every_setting_has_a_flag() -> None:
 
     flags = {option for parameter in start_command.params for option in parameter.opts}
     assert [name for name in FIELDS if flag(name) not in flags] == []
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whom the system does not know."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_the_state_folder_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="no home folder: set TRACKAGENT_STATE"):
+        load({}, {})
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_a_named_state_folder_will_do() -> None:
+    assert load({}, {"TRACKAGENT_STATE": "/var/lib/x"})[0].state_directory == Path("/var/lib/x")

@@ -88,3 +88,25 @@ def test_a_socket_path_too_long_is_named(environ: dict[str, str]) -> None:
 def test_a_missing_file_that_was_named_is_an_error(environ: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the configuration file .*: no such file"):
         ClientConfig.load(environ=environ | {"TRACKAGENT_CONFIG": "/nowhere/config.toml"})
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whom the system does not know."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_the_state_folder_must_be_named() -> None:
+    with pytest.raises(ConfigError, match="no home folder: set TRACKAGENT_STATE"):
+        ClientConfig.load(environ={})
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_a_named_state_folder_will_do() -> None:
+    config = ClientConfig.load(environ={"TRACKAGENT_STATE": "/var/lib/x"})
+    assert config.state_directory == Path("/var/lib/x")

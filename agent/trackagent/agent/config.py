@@ -120,8 +120,12 @@ def load(
     ConfigError names the flag, variable or key that is wrong."""
     values: dict[str, Any] = {
         "directory": default_directory(_without(environ, "TRACKAGENT_DIR")),
-        "state_directory": default_state_directory(_without(environ, "TRACKAGENT_STATE")),
     }
+    nowhere = ""
+    try:
+        values["state_directory"] = default_state_directory(_without(environ, "TRACKAGENT_STATE"))
+    except ClientConfigError as error:
+        nowhere = str(error)
     origins = {field.name: "default" for field in fields(AgentConfig)}
     path = file.absolute() if file is not None else config_file(environ)
     given = {name: value for name, value in flags.items() if value is not None}
@@ -134,6 +138,8 @@ def load(
         for name, value in layer.items():
             values[name] = _converted(name, value, origin(name))
             origins[name] = origin(name)
+    if "state_directory" not in values:
+        raise ConfigError(nowhere)
     try:
         return AgentConfig(**values), origins
     except ConfigError as error:

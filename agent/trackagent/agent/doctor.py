@@ -196,8 +196,9 @@ def check_folder(name: str, folder: Path, uid: int, *, shared: bool) -> Check:
         return Check(
             name, "fail", f"{folder}: {error.strerror}", f"choose another ({_setting(name)})"
         )
-    if stat.S_ISLNK(found.st_mode) and folder.is_dir():
-        found = os.stat(folder)
+    if stat.S_ISLNK(found.st_mode):
+        advice = f"name the folder that it leads to ({_setting(name)})"
+        return Check(name, "fail", f"{folder} is a link, which an agent refuses", advice)
     if not stat.S_ISDIR(found.st_mode):
         return Check(
             name, "fail", f"{folder} is not a folder", f"choose another ({_setting(name)})"

@@ -41,7 +41,16 @@ def default_state_directory(environ: Mapping[str, str] = os.environ) -> Path:
     if chosen := environ.get("TRACKAGENT_STATE"):
         return Path(chosen).absolute()
     base = environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "trackagent"
+    return (Path(base) if base else _home(environ) / ".local" / "state") / "trackagent"
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    if home := environ.get("HOME"):
+        return Path(home)
+    try:
+        return Path.home()
+    except RuntimeError:  # a user id that nobody has heard of, as in some containers
+        raise ConfigError("there is no home folder: set TRACKAGENT_STATE, or HOME") from None
 
 
 def socket_address(directory: Path) -> str:
@@ -157,7 +166,10 @@ def config_file(environ: Mapping[str, str] = os.environ) -> Path | None:
     if named := environ.get("TRACKAGENT_CONFIG"):
         return Path(named).absolute()
     base = environ.get("XDG_CONFIG_HOME")
-    folder = Path(base) if base else Path(environ.get("HOME") or Path.home()) / ".config"
+    try:
+        folder = Path(base) if base else _home(environ) / ".config"
+    except ConfigError:
+        return None
     path = folder / "trackagent" / "config.toml"
     return path if path.is_file() else None
 

@@ -164,6 +164,9 @@ class Sender:
             self._warn(f"the agent at {address} refuses this process: {error.details()}")
             self._given_up = self._draining
             return False
+        except BaseException:
+            stream.close()
+            raise
         self._stream = stream
         return True
 
