@@ -420,11 +420,12 @@ def logged_records(folders: Folders) -> list[Logged]:
 
 
 def said(folders: Folders, kind: record.Kind) -> list[Mapping[str, Any]]:
-    """The content of all records of a JSON kind in the journals of `folders`."""
-    return [
-        one.data or {}
+    """The content of all records of a JSON kind in the journals of `folders`, in the order of their times."""
+    found = [
+        one
         for folder in folders.journals()
         for segment in read_segments(folder)
         for one in segment.records
         if one.kind == kind
     ]
+    return [one.data or {} for one in sorted(found, key=lambda one: one.time_ns)]

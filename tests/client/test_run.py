@@ -27,7 +27,7 @@ from tests.fakes import (
 from trackagent import client
 from trackagent.agent.config import STORE_NAME
 from trackagent.agent.store import open_reader
-from trackagent.client import ConfigError, JournalError, Run, TrackagentError, ValueRefused
+from trackagent.client import ConfigError, JournalError, Run, TrackagentError, ValueRefused, facts
 from trackagent.client.record import Kind
 
 
@@ -37,6 +37,8 @@ def start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     monkeypatch.setenv("TRACKAGENT_DIR", str(folders.directory))
     monkeypatch.setenv("TRACKAGENT_STATE", str(folders.state))
     monkeypatch.setenv("TRACKAGENT_SEGMENT_BYTES", "65536")
+    # Tags about git come at any moment, beside what a test counts.
+    monkeypatch.setattr(facts, "slow", dict)
     client._warn_no_run.cache_clear()
 
     def begin(experiment: str = "test", **options: Any) -> Run:
@@ -888,10 +890,7 @@ def test_a_full_journal_refuses_counts_and_warns(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("TRACKAGENT_JOURNAL_BYTES", str(4 * 65536))
-    # Rank 0 would record facts about git as well, at any moment.
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    run = start(run_id="ab" * 16)
+    run = start()
     for i in range(10_000):
         run.log({"loss": float(i)}, step=i)
     client.finish()

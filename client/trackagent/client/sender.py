@@ -106,8 +106,10 @@ class Sender:
 
     def _run(self) -> None:
         while not self._stopping:
-            # Times out every interval, or at once when woken.
-            self._awake.acquire(timeout=self._config.flush_interval_s)
+            # Until woken, or the next multiple of the interval. All ranks of a node thus send at the same
+            # moments: the agent commits them together, and what they take from training they take at once.
+            interval_s = self._config.flush_interval_s
+            self._awake.acquire(timeout=interval_s - time.time() % interval_s)
             try:
                 self._journal.prepare()
                 self._housekeep()
