@@ -122,6 +122,8 @@ def init(
         logging.getLogger("trackagent").warning("%s", warning)
     who = decision.identity
 
+    git = threading.Thread(target=lambda: _record_git(run), name="trackagent-git", daemon=True)
+
     def on_finish(deadline: float) -> None:
         global _run
         if _run is run:
@@ -144,7 +146,6 @@ def init(
         decision.stop_serving(0.0)
         raise
     _install_exit_hooks()
-    git = threading.Thread(target=_record_git, args=(run,), name="trackagent-git", daemon=True)
     if who.rank == 0:
         run.set_tags(facts.quick())
         git.start()
