@@ -27,8 +27,14 @@ def test_the_agents_socket_lies_in_the_directory(environ: dict[str, str]) -> Non
 
 
 def test_an_argument_beats_the_variable(environ: dict[str, str]) -> None:
-    config = ClientConfig.load(agent="a:1", environ=environ | {"TRACKAGENT_AGENT": "b:2"})
-    assert config.agent == "a:1"
+    config = ClientConfig.load(agent="unix:/a", environ=environ | {"TRACKAGENT_AGENT": "unix:/b"})
+    assert config.agent == "unix:/a"
+
+
+@pytest.mark.parametrize("agent", ["host:50051", "http://x", 5, "unix:relative"])
+def test_an_agent_that_is_no_socket_is_named(environ: dict[str, str], agent: str) -> None:
+    with pytest.raises(ConfigError, match="give the agent's socket, unix:/path"):
+        ClientConfig.load(agent=agent, environ=environ)
 
 
 def test_a_variable_beats_the_file(environ: dict[str, str]) -> None:

@@ -724,11 +724,12 @@ def test_seal_gives_a_lane_for_the_last_records(journal: Journal, folders: Folde
 def test_a_journal_with_a_call_that_never_ends_deletes_nothing(
     journal: Journal, folders: Folders
 ) -> None:
-    journal.take()
+    never_given_back = journal.take()
     assert journal.seal(0.0, "over") is not None
     deliver(journal)
     journal.close()
     assert files(memory(folders)) != []
+    assert never_given_back.state.ended
 
 
 def test_seal_waits_for_a_call_under_way(journal: Journal) -> None:
@@ -809,3 +810,16 @@ def test_a_file_without_magic_is_a_spare() -> None:
 def test_a_file_shorter_than_a_header_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"{size} bytes, shorter than the header of 4096"):
         read_header(bytes(header())[:size])
+
+
+def test_a_lane_that_is_lost_between_taking_and_using_comes_back(journal: Journal) -> None:
+    for _ in range(200):
+        journal.take()  # whoever took it was interrupted: nobody holds it
+    assert len(journal.lanes) == 2
+
+
+def test_lanes_of_a_closed_journal_do_not_come_back(journal: Journal) -> None:
+    lane = journal.take()
+    journal.close()
+    del lane
+    assert len(journal._free) < 2

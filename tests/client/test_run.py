@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from trackagent import client
 from trackagent.agent.config import STORE_NAME
 from trackagent.agent.store import open_reader
 from trackagent.client import ConfigError, JournalError, Run, TrackagentError, ValueRefused, facts
+from trackagent.client import run as run_module
 from trackagent.client.record import Kind
 
 
@@ -533,9 +535,8 @@ def test_logging_without_a_run_is_warned_of_once(
     client.event("hello")
     with client.timer("x"):
         pass
-    assert warnings(caplog) == [
-        "nothing is recorded: call trackagent.client.init(experiment=...) first"
-    ]
+    [warning] = warnings(caplog)
+    assert warning.startswith("nothing is recorded: ")
 
 
 def test_logging_to_a_finished_run_is_warned_of_once(
@@ -664,6 +665,47 @@ def test_an_exception_may_be_given_as_the_error(run: Run, folders: Folders) -> N
     assert endings(folders) == [("failed", "no such layer", 0)]
 
 
+def test_what_a_signal_handler_raises_leaves_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(number: int, frame: object) -> None:
+        raise TimeoutError("watchdog")
+
+    def clock() -> int:
+        if threading.current_thread() is threading.main_thread():
+            signal.raise_signal(signal.SIGUSR1)
+        return 1
+
+    run.log({"loss": 1.0}, step=1)
+    previous = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "time_ns", clock)
+            with pytest.raises(TimeoutError, match="watchdog"):
+                run.log({"loss": 1.0}, step=2)
+    finally:
+        signal.signal(signal.SIGUSR1, previous)
+
+
+class Unshowable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+def test_a_timers_name_that_cannot_be_shown_raises_nothing(run: Run, folders: Folders) -> None:
+    with run.timer(Unshowable()):  # type: ignore[arg-type]
+        pass
+    run.finish()
+    assert losses(folders) == {"error": 1}
+
+
+def test_a_status_and_an_error_that_cannot_be_shown_raise_nothing(
+    run: Run, folders: Folders
+) -> None:
+    run.finish(Unshowable(), Unshowable())  # type: ignore[arg-type]
+    assert endings(folders) == [("finished", "(an error that cannot be shown)", 0)]
+
+
 def test_finishing_again_returns_the_same(run: Run) -> None:
     assert run.finish() == run.finish()
 
@@ -674,7 +716,13 @@ def test_what_is_done_at_the_end_is_told_the_deadline(
     monkeypatch.setenv("TRACKAGENT_EXIT_TIMEOUT_S", "7")
     run = start()
     told: list[float] = []
-    monkeypatch.setattr(run, "_on_finish", told.append)
+    usual = run._on_finish
+
+    def tell(deadline: float) -> None:
+        told.append(deadline)
+        usual(deadline)
+
+    monkeypatch.setattr(run, "_on_finish", tell)
     began = time.monotonic()
     run.finish()
     assert began < told[0] <= time.monotonic() + 7

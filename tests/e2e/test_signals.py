@@ -140,3 +140,49 @@ def test_a_process_that_sigterm_ends_at_once_loses_nothing(agent: AgentProcess) 
     steps = [point.step for point in agent.exported(run_id)]
     assert len(steps) >= 1000
     assert sorted(steps) == list(range(len(steps)))
+
+
+RAISING = """
+import signal, sys, time
+from trackagent import client
+
+class Raised(Exception):
+    pass
+
+def handle(number, frame):
+    if logging_now:
+        raise Raised
+
+logging_now = False
+run = client.init(experiment="raising handler")
+print(run.id, flush=True)
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+returned = []
+raised = step = 0
+while raised < 300:
+    step += 1
+    try:
+        logging_now = True
+        client.log({"loss": float(step)}, step=step)
+        logging_now = False
+        returned.append(step)
+    except Raised:
+        logging_now = False
+        raised += 1
+signal.setitimer(signal.ITIMER_REAL, 0.0)
+print(client.finish(), flush=True)
+print(*returned, flush=True)
+"""
+
+
+def test_records_are_kept_when_a_handler_raises_inside_log(agent: AgentProcess) -> None:
+    with start_script(agent.folders, RAISING) as process:
+        run_id = next_line(process)
+        assert next_line(process) == "True"
+        returned = {int(step) for step in next_line(process).split()}
+        process.communicate(timeout=DEADLINE_S)
+    agent.wait_for_delivery()
+    stored = [point.step for point in agent.exported(run_id)]
+    assert returned - set(stored) == set()
+    assert len(stored) == len(set(stored))

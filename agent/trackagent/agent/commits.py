@@ -104,7 +104,9 @@ class GroupCommit:
                 execute("SAVEPOINT job")
                 try:
                     done.append((job, job.work()))
-                except Exception as error:  # noqa: BLE001 - goes to whoever asked
+                except Exception as error:
+                    if not self._connection.in_transaction:
+                        raise  # SQLite has rolled everything back by itself: its disk is full
                     execute("ROLLBACK TO job")
                     job.undo()
                     failed.append((job, error))

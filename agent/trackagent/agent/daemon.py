@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import grp
 import importlib.metadata
 import json
 import logging
@@ -44,6 +45,11 @@ def serve(config: AgentConfig) -> int:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         raise AgentError(f"cannot use the agent's folders: {what}") from error
+    if config.group is not None:
+        try:
+            grp.getgrnam(config.group)
+        except KeyError:
+            raise AgentError(f"there is no group {config.group!r}: give another --group") from None
     about = {"pid": os.getpid(), "started_ns": started_ns, "version": version}
     with _held(config.lock_path, about), _held(config.state_directory / "agent.lock", about):
         asyncio.run(_run(config, version, started_ns))

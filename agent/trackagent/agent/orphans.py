@@ -175,7 +175,7 @@ class Orphans(threading.Thread):
             self._spool.append_own(info.producer_id, _encode(Kind.EVENT, event)).result()
         for found, following in zip(segments, [*segments[1:], None], strict=True):
             more = following is not None and following.lane == found.lane
-            if live and more and following is not None and following.number != found.number + 1:
+            if live and more and following is not None and following.number > found.number + 1:
                 break  # the owner went on while the headers were read: the next look finds what is between
             first = max(found.base, found.acknowledged)
             if first > committed.get(found.lane, 0):
@@ -248,6 +248,8 @@ def _found(path: Path) -> _Found | None:
     read."""
     if not path.is_file():
         raise ValueError("not a file")
+    if path.stat().st_size == 0:
+        return None  # its owner ended while it made it
     with path.open("rb") as file:
         header = read_header(file.read(HEADER_BYTES))
         if header is None:

@@ -251,11 +251,11 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
-def _log_seconds(key: str, seconds: float) -> None:
+def _log_seconds(name: str, seconds: float) -> None:
     if _run is None:
         _warn_no_run()
     else:
-        _run._log_seconds(key, seconds)
+        _run._log_seconds(name, seconds)
 
 
 def _record_git(run: Run) -> None:
@@ -268,11 +268,15 @@ def _record_git(run: Run) -> None:
 
 @functools.cache
 def _warn_no_run() -> None:
-    import logging
-
-    logging.getLogger("trackagent").warning(
-        "nothing is recorded: call trackagent.client.init(experiment=...) first"
-    )
+    try:
+        import logging
+    except ImportError:  # the interpreter is going down
+        return
+    if _hooks_installed:
+        problem = "nothing is recorded: the run has finished"
+    else:
+        problem = "nothing is recorded: call trackagent.client.init(experiment=...) first"
+    logging.getLogger("trackagent").warning("%s", problem)
 
 
 def _install_exit_hooks() -> None:

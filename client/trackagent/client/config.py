@@ -111,6 +111,8 @@ class ClientConfig:
             raise ConfigError(
                 f"journal_bytes is {self.journal_bytes}: give at least 4 segments, {4 * self.segment_bytes}"
             )
+        if not str(self.agent).startswith("unix:/"):
+            raise ConfigError(f"agent is {self.agent!r}: give the agent's socket, unix:/path")
         _check_socket_path(self.agent)
         for name in ("flush_interval_s", "exit_timeout_s", "identity_timeout_s"):
             if not 0 < getattr(self, name) < 86_400:

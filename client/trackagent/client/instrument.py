@@ -14,11 +14,11 @@ R = TypeVar("R")
 
 class Timer:
     """Measures wall-clock seconds of a block (`with`) or of each call of a function (as a
-    decorator), and hands them to `report` with the key `time/<name>`. As a decorator for any number
+    decorator), and hands them to `report` with the name. As a decorator for any number
     of threads; in `with` for one."""
 
     def __init__(self, name: str, report: Callable[[str, float], None]) -> None:
-        self._key = f"time/{name}"
+        self._name = name
         self._report = report
         self._starts: list[float] = []
 
@@ -32,7 +32,7 @@ class Timer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._report(self._key, time.perf_counter() - self._starts.pop())
+        self._report(self._name, time.perf_counter() - self._starts.pop())
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -41,6 +41,6 @@ class Timer:
             try:
                 return function(*args, **kwargs)
             finally:
-                self._report(self._key, time.perf_counter() - start)
+                self._report(self._name, time.perf_counter() - start)
 
         return timed

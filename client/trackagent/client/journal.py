@@ -64,18 +64,17 @@ class _NoSegment(Segment):
 _NO_SEGMENT = _NoSegment()
 
 
-class Lane:
-    """One stream of records. Only its taker may write; the sender reads.
+class LaneState:
+    """One stream of records. Only who holds its Lane may write; the sender reads.
 
     `segment` is the current one; assigning it is the one step that makes a new segment part of the lane.
-    `give_back(lane)` gives it back to its journal.
     """
 
-    __slots__ = ("acknowledged", "give_back", "number", "records", "segment", "sent")
+    __slots__ = ("acknowledged", "ended", "number", "records", "segment", "sent")
 
-    def __init__(self, number: int, give: Callable[[Lane], None]) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
-        self.give_back = give
+        self.ended = False
         self.segment: Segment = _NO_SEGMENT
         self.records = 0
         self.sent = 0
@@ -95,6 +94,35 @@ class Lane:
             found.append(segment)
             segment = segment.previous
         return found[::-1]
+
+
+class Lane:
+    """The right to write one stream: in the journal's stack, or with the call that has taken it.
+
+    `give_back(lane)` puts it back. A signal handler may raise between a call's taking and its first `try`:
+    then nobody holds this object any more, and its end puts another one into the stack.
+    """
+
+    __slots__ = ("give_back", "state")
+
+    def __init__(self, state: LaneState, give: Callable[[Lane], None]) -> None:
+        self.state = state
+        self.give_back = give
+
+    def __del__(self) -> None:
+        # Without a state it was never whole: the handler raised while it was made.
+        if hasattr(self, "give_back") and not self.state.ended:
+            self.give_back(type(self)(self.state, self.give_back))
+
+    @property
+    def number(self) -> int:
+        """Which of the journal's lanes it is."""
+        return self.state.number
+
+    @property
+    def segment(self) -> Segment:
+        """Where the next record goes, if it fits."""
+        return self.state.segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +176,8 @@ class Journal:
         self._next_schema_id = count()
         self._free: list[Lane] = []
         self._lane_numbers = list(range(MAX_LANES))[::-1]
-        self.lanes: dict[int, Lane] = {}
+        self._last_lanes: set[Lane] = set()
+        self.lanes: dict[int, LaneState] = {}
         self.take = self._free.pop
         self.give = self._free.append
         # Two lanes: the second is for a call that meets another one.
@@ -164,10 +193,10 @@ class Journal:
         if self._sealed_because:
             raise RunFinished(self._sealed_because)
         try:
-            lane = Lane(self._lane_numbers.pop(), self.give)
+            lane = Lane(LaneState(self._lane_numbers.pop()), self.give)
         except IndexError:
             raise TooManyCalls(f"more than {MAX_LANES} log calls at once") from None
-        self.lanes[lane.number] = lane
+        self.lanes[lane.number] = lane.state
         try:
             self.roll(lane)
         except JournalError:
@@ -184,11 +213,12 @@ class Journal:
             if self._no_room and not self._sealed_because:
                 raise JournalError(self._no_room) from None
             segment = self._new_segment()
-        last = lane.segment
+        state = lane.state
+        last = state.segment
         number = 0 if last is _NO_SEGMENT else last.number + 1
-        segment.publish_header(lane.number, lane.offset, number, len(self._identity))
+        segment.publish_header(state.number, state.offset, number, len(self._identity))
         segment.previous = None if last is _NO_SEGMENT else last
-        lane.segment = segment
+        state.segment = segment
         if self._wake is not None:
             self._wake()
 
@@ -296,7 +326,7 @@ class Journal:
             self.acknowledge(lane.number, committed.get(lane.number, 0))
             lane.sent = lane.acknowledged
 
-    def _forget_taken(self, lane: Lane) -> None:
+    def _forget_taken(self, lane: LaneState) -> None:
         """Frees those of the lane's segments that the agent has read and deleted."""
         for segment, following in pairwise(lane.segments()):
             if segment.path.exists():
@@ -369,7 +399,7 @@ class Journal:
         deletes nothing."""
         deadline = time.monotonic() + timeout_s
         self._sealed_because = why
-        taken: set[Lane] = set()
+        taken = self._last_lanes
         while len(taken) < len(self.lanes):
             try:
                 taken.add(self._free.pop())
@@ -390,14 +420,20 @@ class Journal:
                 # Busy: the sender did not end in time. Then it goes with the process.
                 with contextlib.suppress(BufferError):
                     segment.unmap()
+        self._end_lanes()
         for folder in (self._memory, self._disk):
             folder.close(remove=remove)
 
     def abandon_in_child(self) -> None:
         """In a forked child: gives up what is the parent's, above all the lock, without touching
         the files."""
+        self._end_lanes()
         self._memory.close(remove=False)
         self._disk.close(remove=False)
+
+    def _end_lanes(self) -> None:
+        for state in list(self.lanes.values()):
+            state.ended = True
 
     # --- segments
 

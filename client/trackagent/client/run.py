@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import struct
 import threading
 import time
 import weakref
@@ -30,6 +31,18 @@ logger = logging.getLogger("trackagent")
 
 LEVELS = ("info", "warning", "error")
 STATUSES = ("finished", "failed", "killed")
+
+# What log() itself may run into. Values, steps and times that raise are dealt with where they are converted.
+_OUR_ERRORS = (
+    TrackagentError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+)
 
 # Types that cannot be on a device; numpy's scalars are added when numpy is seen.
 _plain_types: set[type] = {float, int, bool}
@@ -135,7 +148,8 @@ class Run:
         except IndexError:
             return self._log_without_lane(metrics, step, timestamp)
         try:
-            segment = lane.segment
+            state = lane.state
+            segment = state.segment
             pack, size, head = segment.schemas[tuple(metrics)]
             numbers = metrics.values()
             start = segment.position
@@ -154,9 +168,12 @@ class Run:
             segment.map[start + 8 : end] = body
             segment.words[start >> 3] = size | crc32(body) << 32
             segment.position = end
-            lane.records += 1
+            state.records += 1
             self._last_step = step
-        except Exception:
+        except Exception as error:
+            # No code but ours ran, except that of a signal handler: what that raises is not for us.
+            if type(metrics) is dict and error.__traceback__ and error.__traceback__.tb_next:
+                raise
             self._log_slowly(lane, metrics, step, timestamp)
         finally:
             lane.give_back(lane)
@@ -208,13 +225,16 @@ class Run:
         delivered; what was not stays in the journal, for whichever agent next starts on this node.
         Further calls change nothing and return the same.
         """
-        if status not in STATUSES:
-            problem = f"the status {status!r} is none of {', '.join(STATUSES)}"
+        if type(status) is not str or status not in STATUSES:
+            problem = f"the status {_shown(status)} is none of {', '.join(STATUSES)}"
             if self._strict:
                 raise ConfigError(problem)
             self._warn("bad status", "finish", f"{problem}: the run ends as finished")
             status = "finished"
-        reason, _ = values.to_text(error)
+        try:
+            reason, _ = values.to_text(error)
+        except Exception:
+            reason = "(an error that cannot be shown)"
         if not self._finishing.acquire(blocking=False):
             return self._delivered
         _open_runs.discard(self)
@@ -240,7 +260,8 @@ class Run:
         except TrackagentError as problem:
             self._warn("journal full", "finish", str(problem))
         if self._sender:
-            self._delivered = self._sender.drain(deadline)
+            # Without a lane the end itself was not written.
+            self._delivered = self._sender.drain(deadline) and lane is not None
         self._journal.close()
         self._emit_warnings()
         return self._delivered
@@ -314,26 +335,29 @@ class Run:
                         _plain_types.add(type(value))
             if numbers:
                 self._journal.write_metrics(lane, numbers, step=number, time_ns=time_ns)
-                lane.records += 1
+                lane.state.records += 1
                 self._last_step = number
         except Exception as error:
+            if type(metrics) is dict and not isinstance(error, _OUR_ERRORS):
+                raise  # a signal handler's
             refused.append(("log", error))
         self._refuse(refused)
 
-    def _log_seconds(self, key: str, seconds: float) -> None:
+    def _log_seconds(self, name: str, seconds: float) -> None:
         """What a timer measured, at the step under way, which it leaves as it is."""
         try:
+            key = f"time/{name}"
             lane = self._lane()
             try:
                 if (key,) not in lane.segment.schemas:
                     values.check_key(key)
                 step, now = self._last_step + 1, time_ns()
                 self._journal.write_metrics(lane, {key: seconds}, step=step, time_ns=now)
-                lane.records += 1
+                lane.state.records += 1
             finally:
                 lane.give_back(lane)
         except Exception as error:
-            self._refuse([(key, error)])
+            self._refuse([("timer", error)])
 
     def _texts(
         self, what: str, items: Mapping[str, Any]
@@ -341,10 +365,10 @@ class Run:
         """Keys and texts of params or tags, and what is refused."""
         texts: dict[str, str] = {}
         refused: list[tuple[str, Exception]] = []
-        if not isinstance(items, Mapping):
-            problem = f"{what}s must be a dict, not {type(items).__name__}"
-            return texts, [(what, ValueRefused("not a dict", problem))]
         try:
+            if not isinstance(items, Mapping):
+                problem = f"{what}s must be a dict, not {type(items).__name__}"
+                return texts, [(what, ValueRefused("not a dict", problem))]
             for key, value in values.flatten(items):
                 try:
                     texts[values.check_key(key, f"{what} key")], cut = values.to_text(value)
@@ -469,6 +493,13 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:60]
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 def _no_lane() -> Lane:

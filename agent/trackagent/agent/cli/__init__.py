@@ -65,7 +65,8 @@ class Program(click.Group):
         """The exit code: what the command returned, or what its exception stands for."""
         try:
             code = super().invoke(ctx)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
             return code
         except KeyboardInterrupt:
             return INTERRUPTED
@@ -79,6 +80,8 @@ class Program(click.Group):
             return _fail(USAGE, str(error))
         except (AgentError, TrackagentError) as error:
             return _fail(ERROR, str(error))
+        except UnicodeError:
+            return _fail(USAGE, "an argument is no valid text: give it in UTF-8")
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
             return _fail(ERROR, f"{ctx.invoked_subcommand}: {error.strerror or error}{where}")

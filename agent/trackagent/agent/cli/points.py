@@ -43,7 +43,12 @@ SLICE_POINTS = 50_000
     show_default=True,
     help="One JSON object a line, or comma-separated values with a heading.",
 )
-@click.option("--output", type=Path, metavar="FILE", help="Write there instead of to the screen.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write there instead of to the screen.",
+)
 @click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
 def export_command(
     config: AgentConfig, run: str, form: str, output: Path | None, pattern: str

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     type=click.Choice(["running", "finished", "failed", "killed"]),
     help="Only runs in this state.",
 )
-@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N")
+@click.option(
+    "--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, metavar="N"
+)
 def runs_command(
     config: AgentConfig, as_json: bool, experiment: str | None, status: str | None, limit: int
 ) -> int:
