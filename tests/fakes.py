@@ -384,6 +384,8 @@ def read_segments(folder: Path) -> list[SegmentFile]:
     found = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         data = path.read_bytes()
+        if not data:
+            continue  # the sender's thread is just making it
         header = read_header(data)
         if header is not None:
             scan = record.scan(data, HEADER_BYTES)
