@@ -206,16 +206,6 @@ def test_every_setting_has_a_flag() -> None:
     assert [name for name in FIELDS if flag(name) not in flags] == []
 
 
-@pytest.fixture
-def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user whom the system does not know."""
-
-    def home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", home)
-
-
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_the_state_folder_must_be_named() -> None:
     with pytest.raises(ConfigError, match="no home folder: set TRACKAGENT_STATE"):

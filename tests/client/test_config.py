@@ -96,16 +96,6 @@ def test_a_missing_file_that_was_named_is_an_error(environ: dict[str, str]) -> N
         ClientConfig.load(environ=environ | {"TRACKAGENT_CONFIG": "/nowhere/config.toml"})
 
 
-@pytest.fixture
-def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user whom the system does not know."""
-
-    def home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", home)
-
-
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_the_state_folder_must_be_named() -> None:
     with pytest.raises(ConfigError, match="no home folder: set TRACKAGENT_STATE"):

@@ -822,4 +822,7 @@ def test_lanes_of_a_closed_journal_do_not_come_back(journal: Journal) -> None:
     lane = journal.take()
     journal.close()
     del lane
-    assert len(journal._free) < 2
+    still_there = journal.take()
+    with pytest.raises(IndexError):
+        journal.take()
+    assert still_there.number == 0

@@ -527,16 +527,26 @@ def test_log_waits_for_no_log_handler(run: Run) -> None:
 
 
 def test_logging_without_a_run_is_warned_of_once(
-    start: Callable[..., Run], caplog: pytest.LogCaptureFixture
+    start: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(client, "_hooks_installed", False)  # as in a process that never had one
     client.log({"loss": 1.0})
     client.log_params({"lr": 0.1})
     client.set_tags({"a": "b"})
     client.event("hello")
     with client.timer("x"):
         pass
-    [warning] = warnings(caplog)
-    assert warning.startswith("nothing is recorded: ")
+    assert warnings(caplog) == [
+        "nothing is recorded: call trackagent.client.init(experiment=...) first"
+    ]
+
+
+def test_logging_after_the_last_run_is_warned_of(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.finish()
+    client.log({"loss": 1.0})
+    assert warnings(caplog) == ["nothing is recorded: the run has finished"]
 
 
 def test_logging_to_a_finished_run_is_warned_of_once(
@@ -683,6 +693,20 @@ def test_what_a_signal_handler_raises_leaves_log(run: Run, monkeypatch: pytest.M
                 run.log({"loss": 1.0}, step=2)
     finally:
         signal.signal(signal.SIGUSR1, previous)
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), MemoryError(), RuntimeError("changed size")])
+def test_what_log_itself_runs_into_raises_nothing(
+    run: Run, folders: Folders, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run._journal, "write_metrics", fail)
+        run.log({"new": 1.0}, step=1)
+    run.finish()
+    assert losses(folders) == {"error": 1}
 
 
 class Unshowable:

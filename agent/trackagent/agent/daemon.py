@@ -126,7 +126,7 @@ def _open_to_group(config: AgentConfig) -> None:
         config.directory.chmod(0o710)
         shutil.chown(config.socket_path, group=config.group)
         config.socket_path.chmod(0o660)
-    except (LookupError, PermissionError) as error:
+    except PermissionError as error:
         raise AgentError(
             f"cannot open the socket to the group {config.group!r}: {error}"
         ) from error

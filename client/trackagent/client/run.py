@@ -32,8 +32,11 @@ logger = logging.getLogger("trackagent")
 LEVELS = ("info", "warning", "error")
 STATUSES = ("finished", "failed", "killed")
 
-# What log() itself may run into. Values, steps and times that raise are dealt with where they are converted.
+# What log() itself may run into, a full memory included; anything else, TimeoutError too, comes from a
+# signal handler. Values, steps and times that raise are dealt with where they are converted.
 _OUR_ERRORS = (
+    OSError,
+    MemoryError,
     TrackagentError,
     TypeError,
     ValueError,
@@ -141,7 +144,8 @@ class Run:
 
         Values: anything `float()` takes, numpy scalars, tensors of one element in the CPU's memory; NaN and
         infinities are kept. step: any whole number of 64 bits; None: one after this process's last step.
-        timestamp: seconds since 1970 or a datetime; None: now.
+        timestamp: seconds since 1970 or a datetime; None: now. What a signal handler of yours raises while
+        this runs leaves it, as it leaves any function; the record may then be there or not.
         """
         try:
             lane = self._take()
@@ -248,6 +252,7 @@ class Run:
         lane = self._journal.seal(
             0.5, "the run has finished: log before finish(), or call init() again"
         )
+        end_written = False
         try:
             if lane is not None:
                 self._write_losses(lane)
@@ -257,11 +262,11 @@ class Run:
                     "records": self._journal.records,
                 }
                 self._journal.write(lane, _encode(Kind.FINISH, ending))
+                end_written = True
         except TrackagentError as problem:
             self._warn("journal full", "finish", str(problem))
         if self._sender:
-            # Without a lane the end itself was not written.
-            self._delivered = self._sender.drain(deadline) and lane is not None
+            self._delivered = self._sender.drain(deadline) and end_written
         self._journal.close()
         self._emit_warnings()
         return self._delivered
@@ -338,8 +343,9 @@ class Run:
                 lane.state.records += 1
                 self._last_step = number
         except Exception as error:
-            if type(metrics) is dict and not isinstance(error, _OUR_ERRORS):
-                raise  # a signal handler's
+            foreign = isinstance(error, TimeoutError) or not isinstance(error, _OUR_ERRORS)
+            if type(metrics) is dict and foreign:
+                raise
             refused.append(("log", error))
         self._refuse(refused)
 
