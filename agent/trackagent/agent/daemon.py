@@ -24,7 +24,7 @@ from trackagent.agent.orphans import Orphans
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
-from trackagent.client.journal import private_folder
+from trackagent.client.folder import private_folder
 from trackagent.protos.v1 import agent_pb2
 
 logger = logging.getLogger(__name__)

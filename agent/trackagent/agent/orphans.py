@@ -30,7 +30,7 @@ from trackagent.agent.quarantine import set_aside
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import ProducerInfo
 from trackagent.client import record
-from trackagent.client.journal import LOCK_NAME
+from trackagent.client.folder import LOCK_NAME
 from trackagent.client.record import Kind
 from trackagent.client.segment import HEADER_BYTES, SUFFIX, read_header
 

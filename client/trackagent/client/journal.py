@@ -20,11 +20,7 @@ Threads: `take`, `give`, `roll`, `write` on any thread and in signal handlers; `
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
-import os
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +31,7 @@ from zlib import crc32
 
 from trackagent.client import record
 from trackagent.client.errors import JournalError, RunFinished, TooManyCalls
+from trackagent.client.folder import ProducerFolder
 from trackagent.client.record import Packer
 from trackagent.client.segment import (
     HEADER_BYTES,
@@ -43,8 +40,6 @@ from trackagent.client.segment import (
     SUFFIX,
     Segment,
 )
-
-LOCK_NAME = "lock"
 
 
 class _NoSegment(Segment):
@@ -165,8 +160,8 @@ class Journal:
         self._journal_bytes = journal_bytes
         self._wake = wake
         self._create = create
-        self._memory = _Folder(directory, self._producer_id)
-        self._disk = _Folder(state_directory, self._producer_id)
+        self._memory = ProducerFolder(directory, self._producer_id)
+        self._disk = ProducerFolder(state_directory, self._producer_id)
         self._file_numbers = count()
         self._spares: list[Segment] = []
         self._no_room = ""
@@ -466,60 +461,3 @@ class Journal:
             "free some space, or set TRACKAGENT_DIR and TRACKAGENT_STATE"
         )
         raise JournalError(self._no_room)
-
-
-class _Folder:
-    """One producer's folder under `<base>/journals`, made and locked when it is first needed."""
-
-    def __init__(self, base: Path, producer_id: str) -> None:
-        self.path = base / "journals" / producer_id
-        self._base = base
-        self._lock: int | None = None
-
-    def open(self) -> Path:
-        """The folder, existing and locked. OSError when it cannot be."""
-        if self._lock is None:
-            private_folder(self._base)
-            private_folder(self.path.parent)
-            # Made under another name and renamed when locked: whoever sees it sees it locked.
-            making = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            making.mkdir(mode=0o700)
-            try:
-                self._lock = os.open(
-                    making / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-                )
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                making.rename(self.path)
-            except BaseException:
-                self.close(remove=False)
-                (making / LOCK_NAME).unlink(missing_ok=True)
-                making.rmdir()
-                raise
-        return self.path
-
-    def close(self, *, remove: bool) -> None:
-        if self._lock is None:
-            return
-        if remove:
-            with contextlib.suppress(OSError):
-                for path in self.path.iterdir():
-                    path.unlink()
-                self.path.rmdir()
-        os.close(self._lock)
-        self._lock = None
-
-
-def private_folder(path: Path) -> Path:
-    """Makes `path` with its parents, for this user alone, and returns it.
-
-    PermissionError when it exists and is a symbolic link, another user's, or open to others' writing.
-    """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise PermissionError(errno.EPERM, f"{path} is not a folder (a link?)")
-    if status.st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, f"{path} belongs to user {status.st_uid}")
-    if status.st_mode & stat.S_IWOTH:
-        raise PermissionError(errno.EPERM, f"{path} can be written by everyone")
-    return path

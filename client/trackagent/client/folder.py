@@ -1,0 +1,69 @@
+"""The folder that holds one producer's segments, and the lock that says whether its owner lives."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+LOCK_NAME = "lock"
+
+
+class ProducerFolder:
+    """One producer's folder under `<base>/journals`, made and locked when it is first needed."""
+
+    def __init__(self, base: Path, producer_id: str) -> None:
+        self.path = base / "journals" / producer_id
+        self._base = base
+        self._lock: int | None = None
+
+    def open(self) -> Path:
+        """The folder, existing and locked. OSError when it cannot be."""
+        if self._lock is None:
+            private_folder(self._base)
+            private_folder(self.path.parent)
+            # Made under another name and renamed when locked: whoever sees it sees it locked.
+            making = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            making.mkdir(mode=0o700)
+            try:
+                self._lock = os.open(
+                    making / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+                )
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                making.rename(self.path)
+            except BaseException:
+                self.close(remove=False)
+                (making / LOCK_NAME).unlink(missing_ok=True)
+                making.rmdir()
+                raise
+        return self.path
+
+    def close(self, *, remove: bool) -> None:
+        if self._lock is None:
+            return
+        if remove:
+            with contextlib.suppress(OSError):
+                for path in self.path.iterdir():
+                    path.unlink()
+                self.path.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+
+def private_folder(path: Path) -> Path:
+    """Makes `path` with its parents, for this user alone, and returns it.
+
+    PermissionError when it exists and is a symbolic link, another user's, or open to others' writing.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(errno.EPERM, f"{path} is not a folder (a link?)")
+    if status.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, f"{path} belongs to user {status.st_uid}")
+    if status.st_mode & stat.S_IWOTH:
+        raise PermissionError(errno.EPERM, f"{path} can be written by everyone")
+    return path
