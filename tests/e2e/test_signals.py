@@ -10,11 +10,11 @@ from collections import Counter
 
 import pytest
 
-from tests.fakes import DEADLINE_S, AgentProcess, next_line, start_script
+from tests.fakes import DEADLINE_S, AgentProcess, next_line, run_script, start_script
 
-# Logs in a tight loop until SIGUSR1; the handler of SIGTERM, which may interrupt itself too, logs another series,
-# and prints when it begins and ends. Of 50 records one finds keys that its segment does not know, of 600 one a
-# full segment.
+# Logs in a tight loop until SIGUSR1; the handler of SIGTERM, which may interrupt itself too, logs another
+# series, and prints when it begins and ends. Of 50 records one finds keys that its segment does not know, of
+# 600 one a full segment.
 STORM = """
 import itertools, os, signal
 from trackagent import client
@@ -167,7 +167,7 @@ signal.signal(signal.SIGALRM, handle)
 signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
 returned = []
 raised = step = 0
-while raised < 300:
+while raised < 100:
     step += 1
     try:
         logging_now = True
@@ -193,3 +193,91 @@ def test_records_are_kept_when_a_handler_raises_inside_log(agent: AgentProcess) 
     stored = [point.step for point in agent.exported(run_id)]
     assert returned - set(stored) == set()
     assert len(stored) == len(set(stored))
+
+
+# Raises what a signal handler might raise, at each bytecode instruction of ours in log() in turn; argv[1]
+# says which log(), and the slower ones skip some. The second log() of each turn must go well.
+RAISING_ANYWHERE = """
+import os, sys
+from itertools import count
+from trackagent import client
+
+class Raised(Exception):
+    pass
+
+def raise_at(instruction):
+    left = instruction
+
+    def trace(frame, event, argument):
+        nonlocal left
+        if "/trackagent/client/" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise Raised
+        return trace
+
+    return trace
+
+def log(metrics, step, instruction):
+    sys.settrace(raise_at(instruction))
+    try:
+        client.log(metrics, step=step)
+    except Raised:
+        sys.settrace(None)
+        return False
+    sys.settrace(None)
+    print(step, flush=True)
+    return True
+
+def known_keys():
+    for i in count(1):
+        whole = log({"known": 1.0}, 2 * i, i)
+        log({"known": 1.0}, 2 * i + 1, 1 << 60)
+        if whole:
+            break
+
+def full_segments():
+    # The SCHEMA of each takes half of a segment: whenever the other one comes, a new segment is needed.
+    some, others = ({f"{name}{j}".ljust(250, "\U0001f600"): 1.0 for j in range(33)} for name in "ab")
+    for i in count(1, 3):
+        whole = log(some, 2 * i, i)
+        log(others, 2 * i + 1, 1 << 60)
+        if whole:
+            break
+
+def forked_processes():
+    for i in count(1, 23):
+        child = os.fork()
+        if not child:
+            whole = log({"forked": 1.0}, 2 * i, i)
+            log({"forked": 1.0}, 2 * i + 1, 1 << 60)
+            os._exit(whole)
+        if os.waitpid(child, 0)[1]:
+            break
+
+run = client.init(experiment="raising anywhere")
+print(run.id, flush=True)
+client.log({"known": 1.0}, step=0)
+{"known": known_keys, "full": full_segments, "forked": forked_processes}[sys.argv[1]]()
+print(client.finish(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("case", ["known", "full", "forked"])
+def test_records_are_kept_when_a_handler_raises_at_any_instruction_of_log(
+    agent: AgentProcess, case: str
+) -> None:
+    done = run_script(agent.folders, RAISING_ANYWHERE, case, TRACKAGENT_SEGMENT_BYTES="65536")
+    run_id, *returned, delivered = done.stdout.split()
+    assert (delivered, done.stderr) == ("True", "")
+    agent.wait_for_delivery()
+    points = agent.exported(run_id)
+    stored = {point.step for point in points}
+    assert {int(step) for step in returned} - stored == set()
+    assert len({(point.key, point.step) for point in points}) == len(points)
+    run = agent.run(run_id)
+    assert run is not None
+    assert (run.status, run.lost_records) == ("finished", 0)

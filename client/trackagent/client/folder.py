@@ -27,8 +27,8 @@ class ProducerFolder:
             private_folder(self.path.parent)
             # Made under another name and renamed when locked: whoever sees it sees it locked.
             making = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            making.mkdir(mode=0o700)
             try:
+                making.mkdir(mode=0o700)
                 self._lock = os.open(
                     making / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
                 )
@@ -37,7 +37,8 @@ class ProducerFolder:
             except BaseException:
                 self.close(remove=False)
                 (making / LOCK_NAME).unlink(missing_ok=True)
-                making.rmdir()
+                with contextlib.suppress(FileNotFoundError):
+                    making.rmdir()
                 raise
         return self.path
 

@@ -32,8 +32,7 @@ logger = logging.getLogger("trackagent")
 LEVELS = ("info", "warning", "error")
 STATUSES = ("finished", "failed", "killed")
 
-# What log() itself may run into, a full memory included; anything else, TimeoutError too, comes from a
-# signal handler. Values, steps and times that raise are dealt with where they are converted.
+# What log() itself may run into, a full memory included; see _is_a_handlers.
 _OUR_ERRORS = (
     OSError,
     MemoryError,
@@ -145,7 +144,8 @@ class Run:
         Values: anything `float()` takes, numpy scalars, tensors of one element in the CPU's memory; NaN and
         infinities are kept. step: any whole number of 64 bits; None: one after this process's last step.
         timestamp: seconds since 1970 or a datetime; None: now. What a signal handler of yours raises while
-        this runs leaves it, as it leaves any function; the record may then be there or not.
+        this runs leaves it, as it leaves any function; the record may then be there or not. (While a value's
+        own code is asked for the number, it cannot be told from what that raises: the value is refused.)
         """
         try:
             lane = self._take()
@@ -310,6 +310,8 @@ class Run:
         try:
             lane = self._another_lane()
         except Exception as error:
+            if _is_a_handlers(error):
+                raise
             self._refuse([("log", error)])
             return
         try:
@@ -343,8 +345,7 @@ class Run:
                 lane.state.records += 1
                 self._last_step = number
         except Exception as error:
-            foreign = isinstance(error, TimeoutError) or not isinstance(error, _OUR_ERRORS)
-            if type(metrics) is dict and foreign:
+            if type(metrics) is dict and _is_a_handlers(error):
                 raise
             refused.append(("log", error))
         self._refuse(refused)
@@ -499,6 +500,12 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _is_a_handlers(error: Exception) -> bool:
+    """Whether a signal handler raised it: log() itself runs into nothing of that kind. Values, steps and
+    times that raise are dealt with where they are converted."""
+    return isinstance(error, TimeoutError) or not isinstance(error, _OUR_ERRORS)
 
 
 def _shown(value: object) -> str:

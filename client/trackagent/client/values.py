@@ -54,6 +54,8 @@ def to_float(key: str, value: Any) -> float:
     """`value` as float64, bit-exact where it is one: anything `float()` takes, and tensors or arrays of
     one element. Never waits for a device: a tensor that is not in the CPU's memory is refused.
     """
+    if type(value) is float:
+        return value
     try:
         if isinstance(value, (float, int)):
             return float(value)
@@ -81,12 +83,14 @@ def to_float(key: str, value: Any) -> float:
 
 def to_step(step: Any) -> int:
     """`step` as int: anything that is a whole number."""
-    try:
-        number = (
-            int(step) if isinstance(step, float) and step.is_integer() else operator.index(step)
-        )
-    except Exception:  # noqa: BLE001 - whatever the step's own code raises
-        raise ValueRefused("bad step", f"the step {_shown(step)} is no whole number") from None
+    if type(step) is int:
+        number = step
+    else:
+        try:
+            whole = isinstance(step, float) and step.is_integer()
+            number = int(step) if whole else operator.index(step)
+        except Exception:  # noqa: BLE001 - whatever the step's own code raises
+            raise ValueRefused("bad step", f"the step {_shown(step)} is no whole number") from None
     if not -_INT64 <= number < _INT64:
         raise ValueRefused("bad step", f"the step {number} does not fit 64 bits")
     return number
