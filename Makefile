@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?=
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := -m pip --disable-pip-version-check --no-input install -q -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check test protos demo bench wheel smoke clean
+.PHONY: help setup check test soak protos demo bench wheel smoke clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=/path/to/python3] [ARGS=\"for pytest, the demo or the benchmarks\"]"
@@ -38,6 +39,9 @@ check: $(READY) ## lint, formatting, types, generated code
 
 test: $(READY) ## every test, in random order, warnings are errors
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(READY) ## a steady load for MINUTES=30; nothing may grow
+	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 protos: $(READY) ## generate the Python code of the .proto files
 	@$(BIN)/python protos/generate.py

@@ -1,0 +1,1 @@
+"""A long steady load, and whether anything grows under it (`make soak`)."""
