@@ -38,7 +38,7 @@ check: $(READY) ## lint, formatting, types, generated code
 	@$(BIN)/python protos/generate.py --check
 
 test: $(READY) ## every test, in random order, warnings are errors
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 soak: $(READY) ## a steady load for MINUTES=30; nothing may grow
 	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)

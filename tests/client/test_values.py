@@ -71,7 +71,7 @@ def test_a_float64_keeps_its_bits(wrap: Any, value: float) -> None:
         (-(10**300), -1e300),
         (Decimal("0.25"), 0.25),
         (Fraction(1, 8), 0.125),
-        (Float(2.5), 2.5),
+        pytest.param(Float(2.5), 2.5, id="Float"),
     ],
     ids=repr,
 )
