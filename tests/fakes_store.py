@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from trackagent.agent.store.contract import (
     Buckets,
     Event,
     ExportBlock,
+    Gap,
     NotFound,
     Points,
     ProducerEnd,
     ProducerInfo,
     Rejected,
+    RunGap,
     RunSummary,
     Series,
     SeriesInfo,
@@ -37,6 +40,7 @@ class _State:
     tags: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     events: list[tuple[str, Event]] = field(default_factory=list)
     losses: dict[tuple[bytes, str], tuple[int, int]] = field(default_factory=dict)
+    gaps: dict[tuple[bytes, str, int], Gap] = field(default_factory=dict)
     records: dict[bytes, int] = field(default_factory=dict)
 
 
@@ -58,7 +62,7 @@ class MemoryStore:
             return
         producers = {info.producer_id: info for info in batch.producers} | state.producers
         said: list[Any] = [batch.params, batch.tags, batch.events, batch.points, batch.ends]
-        for item in (item for items in [*said, batch.losses] for item in items):
+        for item in (item for items in [*said, batch.losses, batch.gaps] for item in items):
             if item.producer_id not in producers:
                 raise Rejected(f"unknown producer {item.producer_id.hex()}")
         for points in batch.points:
@@ -92,8 +96,19 @@ class MemoryStore:
                 state.losses[at_loss] = counted, more + loss.records
             else:
                 state.losses[at_loss] = max(counted, loss.records), more
+        for gap in batch.gaps:
+            self._add_gap(gap)
         for producer_id, records in batch.metric_records.items():
             state.records[producer_id] = state.records.get(producer_id, 0) + records
+
+    def _add_gap(self, gap: Gap) -> None:
+        gaps = self._state.gaps
+        at = (gap.producer_id, gap.reason, gap.first_time_ns)
+        gaps[at] = _together(gaps[at], gap, max) if at in gaps else gap
+        own = sorted(key[::-1] for key in gaps if key[0] == gap.producer_id)
+        if len(own) > 1000:
+            first, second = own[0][::-1], own[1][::-1]
+            gaps[first] = _together(gaps[first], gaps.pop(second), operator.add)
 
     def _event(
         self,
@@ -202,6 +217,15 @@ class MemoryStore:
                 found[reason] = found.get(reason, 0) + sum(records)
         return found
 
+    def gaps(self, run_id: str) -> list[RunGap]:
+        self._known(run_id)
+        found = []
+        for gap in sorted(self._state.gaps.values(), key=lambda gap: gap.first_time_ns):
+            info = self._state.producers[gap.producer_id]
+            if info.run_id == run_id:
+                found.append(RunGap(info.source, info.attempt, *astuple(gap)[1:]))
+        return found
+
     def events(self, run_id: str, after: int = 0) -> list[Event]:
         self._known(run_id)
         return [event for run, event in self._state.events if run == run_id and event.id > after]
@@ -286,3 +310,13 @@ class MemoryStore:
     def damage(self, run_id: str) -> list[str]:
         self._known(run_id)
         return []
+
+
+def _together(one: Gap, other: Gap, records: Callable[[int, int], int]) -> Gap:
+    return replace(
+        one,
+        first_step=min(one.first_step, other.first_step),
+        last_step=max(one.last_step, other.last_step),
+        last_time_ns=max(one.last_time_ns, other.last_time_ns),
+        records=records(one.records, other.records),
+    )

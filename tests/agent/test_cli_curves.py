@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trackagent.agent.cli.curves import RankMean, thinned
+from trackagent.agent.cli.curves import RankMean, in_both, thinned, united
 
 
 def test_thinning_keeps_the_extremes_and_what_is_not_finite() -> None:
@@ -51,3 +51,11 @@ def test_the_mean_of_a_step_with_nan_is_nan() -> None:
 @pytest.mark.filterwarnings("error")
 def test_the_mean_of_opposite_infinities_is_nan() -> None:
     assert repr(mean_of(([0], [np.inf]), ([0], [-np.inf]))[0][1]) == "nan"
+
+
+def test_spans_that_meet_are_one() -> None:
+    assert united([(5, 9), (0, 3), (8, 12), (2, 2)]) == [(0, 3), (5, 12)]
+
+
+def test_the_mean_has_a_gap_where_all_ranks_have() -> None:
+    assert in_both([(0, 3), (5, 12)], [(2, 6), (20, 30)]) == [(2, 3), (5, 6)]

@@ -30,6 +30,7 @@ from trackagent.agent.store.contract import (
     Batch,
     BatchId,
     EventData,
+    Gap,
     Loss,
     Points,
     ProducerEnd,
@@ -40,6 +41,12 @@ from trackagent.client.record import NO_STEP, Kind
 
 ID = producer().producer_id
 KEYS: Mapping[int, tuple[str, ...]] = {0: LOSS_KEYS, 1: ("accuracy",), 2: ("twice", "twice")}
+
+
+def gap_data(**changes: object) -> bytes:
+    """The payload of a GAP record."""
+    data = {"reason": "full", "first_step": -3, "last_step": 8, "records": 5}
+    return json.dumps(data | {"first_time_ns": 1, "last_time_ns": 2} | changes).encode()
 
 
 def delivery(*batches: bytes, first: int = 1) -> Delivery:
@@ -231,6 +238,11 @@ def test_losses() -> None:
     ]
 
 
+def test_gaps() -> None:
+    gaps = decoded(payload(Kind.GAP, gap_data())).gaps
+    assert gaps == [Gap(ID, "full", -3, 8, 1, 2, 5)]
+
+
 # --- what cannot be read
 
 
@@ -355,6 +367,11 @@ MALFORMED = {
         b'{"status": "killed", "error": "", "records": 9223372036854775808}',
     ),
     "an end with a list": (Kind.FINISH, b'{"status": "killed", "error": "", "records": []}'),
+    "a gap without a reason": (Kind.GAP, gap_data(reason=None)),
+    "a gap of nothing": (Kind.GAP, gap_data(records="many")),
+    "a negative gap": (Kind.GAP, gap_data(records=-1)),
+    "a gap that ends before it begins": (Kind.GAP, gap_data(first_step=9, last_step=8)),
+    "a gap at a huge step": (Kind.GAP, gap_data(last_step=1 << 63)),
     "a loss of nothing": (Kind.LOSS, b'{"full": null}'),
     "a negative loss": (Kind.LOSS, b'{"full": -1}'),
     "a huge loss": (Kind.LOSS, b'{"full": 1' + b"0" * 40 + b"}"),
@@ -415,6 +432,7 @@ VALID = (
     + said(Kind.TAGS, {"t": "x"})
     + said(Kind.EVENT, {"level": "info", "message": "m", "n": 1})
     + said(Kind.LOSS, {"full": 3})
+    + payload(Kind.GAP, gap_data())
     + said(Kind.FINISH, {"status": "finished", "error": "", "records": 5})
 )
 OFFSETS = record.scan(VALID).offsets
@@ -443,7 +461,7 @@ JSON = st.recursive(
 WORDS = st.sampled_from(["level", "message", "status", "error", "records", "x"])
 JSON_RECORDS = st.builds(
     lambda kind, data: payload(kind, json.dumps(data).encode()),
-    st.sampled_from([Kind.PARAMS, Kind.TAGS, Kind.EVENT, Kind.FINISH, Kind.LOSS]),
+    st.sampled_from([Kind.PARAMS, Kind.TAGS, Kind.EVENT, Kind.FINISH, Kind.LOSS, Kind.GAP]),
     st.dictionaries(WORDS | TEXTS, JSON | st.sampled_from(["info", "killed"]), max_size=5),
 )
 

@@ -73,6 +73,33 @@ def test_nan_breaks_the_line() -> None:
     assert len(line.split()) == 2
 
 
+def gapped(*gaps: tuple[float, float], heavy: bool = False) -> Curve:
+    """A level line from 0 to 9 and from 50 to 59."""
+    steps = np.r_[0:10, 50:60].astype(float)
+    return Curve("rank 0", "0", steps, np.ones(20), heavy, gaps)
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize(("gap", "pieces"), [((10.0, 49.0), 2), ((60.0, 70.0), 1)])
+def test_a_gap_interrupts_the_line_where_it_lies(
+    gap: tuple[float, float], pieces: int, heavy: bool
+) -> None:
+    drawn = plot(gapped(gap, heavy=heavy))
+    assert len(next(row for row in drawn if row.strip()).split()) == pieces
+
+
+def test_a_gap_at_a_step_that_has_a_point_interrupts_nothing() -> None:
+    drawn = plot(gapped((9.0, 9.0), (50.0, 50.0)))
+    assert len(next(row for row in drawn if row.strip()).split()) == 1
+
+
+def test_a_gap_is_marked_and_told() -> None:
+    drawn = lines(gapped((10.0, 49.0)))
+    axis = next(line for line in drawn if AXIS in line)
+    assert 35 <= axis.count("×") <= 41
+    assert drawn[-1].strip() == "× records are missing (steps 10 to 49)"
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_marked_and_counted(value: float) -> None:
     drawn = lines(curve([1, 2, value, 4]))

@@ -22,10 +22,16 @@ from trackagent.client import record
 from trackagent.client.errors import JournalError, ValueRefused
 from trackagent.client.journal import Journal
 from trackagent.client.record import Kind
-from trackagent.client.segment import HEADER_BYTES, MAX_LANES, Segment, read_header
+from trackagent.client.segment import (
+    HEADER_BYTES,
+    LAST_WORDS_BYTES,
+    MAX_LANES,
+    Segment,
+    read_header,
+)
 
 SEGMENT_BYTES = 64 * 1024
-ROOM = SEGMENT_BYTES - HEADER_BYTES
+ROOM = SEGMENT_BYTES - HEADER_BYTES - LAST_WORDS_BYTES
 # A record of which ten fill a segment.
 TENTH = ROOM // 10 & ~7
 IDENTITY = {"producer_id": uuid4().hex, "run_id": "ab" * 16, "rank": 3}

@@ -19,6 +19,7 @@ from trackagent.agent.store.contract import (
     Batch,
     EventData,
     Floats,
+    Gap,
     Ints,
     Loss,
     Points,
@@ -49,6 +50,7 @@ class _Decoded:
     events: list[EventData] = field(default_factory=list)
     ends: list[ProducerEnd] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
     metric_records: dict[bytes, int] = field(default_factory=lambda: defaultdict(int))
     # (producer, keys) → arrays: steps (n,), times (n,), values (n, keys)
     points: dict[tuple[bytes, tuple[str, ...]], list[tuple[Ints, Ints, Floats]]] = field(
@@ -72,6 +74,7 @@ def decode(delivery: Delivery, keys: Keys) -> Batch:
         points=[part for item in decoded.points.items() for part in _joined(*item)],
         ends=decoded.ends,
         losses=decoded.losses,
+        gaps=decoded.gaps,
         metric_records=dict(decoded.metric_records),
     )
 
@@ -187,6 +190,15 @@ def _decode_other(spooled: SpooledBatch, found: record.Record, out: _Decoded) ->
         out.ends.append(ProducerEnd(producer_id, time_ns, status, str(data["error"]), logged))
     elif found.kind == Kind.LOSS:
         out.losses += [Loss(producer_id, reason, _count(n)) for reason, n in data.items()]
+    elif found.kind == Kind.GAP:
+        places = ("first_step", "last_step", "first_time_ns", "last_time_ns")
+        figures = {name: _count(data[name], low=NO_STEP) for name in places}
+        if figures["first_step"] > figures["last_step"]:
+            raise ValueError("a gap that ends before it begins")
+        records = _count(data["records"])
+        if not isinstance(data["reason"], str):
+            raise TypeError(f"the reason {data['reason']!r}")
+        out.gaps.append(Gap(producer_id, data["reason"], **figures, records=records))
 
 
 def _distinct(keys: Sequence[str]) -> bool:
@@ -194,10 +206,10 @@ def _distinct(keys: Sequence[str]) -> bool:
 
 
 def _count(value: Any, low: int = 0) -> int:
-    """A number of records; OverflowError when it is none that fits a store."""
+    """A number of records, or another one; OverflowError when it is none that fits a store."""
     number = int(value)
     if not low <= number < 1 << 63:
-        raise OverflowError(f"{value!r} records")
+        raise OverflowError(f"the number {value!r}")
     return number
 
 

@@ -3,7 +3,7 @@
 Pure: arrays in, a rich Text out. Nothing depends on colour: the labels at the right edge and the legend name
 the curves, so that the drawing can be piped. Any number of points, curves and columns is drawn; what cannot
 be (NaN, infinities, and in a logarithmic drawing what is not positive) breaks the line, is marked ! on the
-axis and counted below.
+axis and counted below; a gap breaks the line too and is marked × there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from rich.text import Text
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 MIN_PLOT_COLUMNS = 10
@@ -33,13 +34,23 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Points to be joined in their order. x: (n,) finite and ascending; y: (n,) anything; `short` stands at
-    the right edge. heavy: drawn over the others, in another style."""
+    the right edge. heavy: drawn over the others, in another style. gaps: (first x, last x) where points are
+    missing; points on both sides are not joined."""
 
     label: str
     short: str
     x: Floats
     y: Floats
     heavy: bool = False
+    gaps: Sequence[tuple[float, float]] = ()
+
+    def joined(self, left: Ints, right: Ints) -> Bools:
+        """Whether the points at `left` and at `right`, positions that follow one another among those drawn,
+        are neighbours without a gap between."""
+        together: Bools = right - left == 1
+        for first, last in self.gaps:
+            together &= (self.x[left] >= last) | (self.x[right] <= first)
+        return together
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,11 @@ def draw(
         where = _span_text(float(steps.min()), float(steps.max()))
         note = _fitted(f"! {_undrawn(bad, log)} ({where})", width - left)
         out.append(f"\n{'':{left}}{note}", style="bold red")
+    gaps = [gap for curve in curves if not curve.heavy for gap in curve.gaps]
+    if gaps:
+        where = _span_text(min(first for first, _ in gaps), max(last for _, last in gaps))
+        note = _fitted(f"× records are missing ({where})", width - left)
+        out.append(f"\n{'':{left}}{note}", style="bold red")
     return out.append("\n")
 
 
@@ -160,7 +176,7 @@ def _spans(
     ends = np.r_[starts[1:], len(index)] - 1
     tops = np.minimum.reduceat(row, starts).tolist()
     bottoms = np.maximum.reduceat(row, starts).tolist()
-    joined = (index[starts[1:]] - index[ends[:-1]] == 1).tolist()
+    joined = curve.joined(index[ends[:-1]], index[starts[1:]]).tolist()
     at = column[starts].tolist()
     first, last = row[starts].tolist(), row[ends].tolist()
     spans = list(zip(at, tops, bottoms, strict=True))
@@ -185,7 +201,7 @@ def _line(
     ends = np.r_[starts[1:], len(index)] - 1
     average = np.add.reduceat(places, starts) / (ends - starts + 1)
     at, row = column[starts].tolist(), _row_of(average, rows).tolist()
-    joined = (index[starts[1:]] - index[ends[:-1]] == 1).tolist()
+    joined = curve.joined(index[ends[:-1]], index[starts[1:]]).tolist()
     for i, (here, y) in enumerate(zip(at, row, strict=True)):
         line[here] = y
         if i and joined[i - 1]:
@@ -351,6 +367,13 @@ def _append_axis(
         free = start + len(label) + 2
     if len(words) - free >= 4:
         words[-4:] = "step"
+    for curve in curves:
+        if curve.heavy:
+            continue
+        for gap in curve.gaps:
+            first, last = (scale.place(np.clip(gap, scale.low, scale.high)) * columns).tolist()
+            for column in range(int(first), min(columns - 1, int(last)) + 1):
+                line[column] = "×"
     for curve, good in zip(curves, drawable, strict=True):
         if not curve.heavy:
             for place in np.unique(
@@ -359,7 +382,7 @@ def _append_axis(
                 line[min(columns - 1, place)] = "!"
     out.append(f"\n{'':{left}}└")
     for mark in line:
-        out.append(mark, style="bold red" if mark == "!" else "")
+        out.append(mark, style="bold red" if mark in "!×" else "")
     out.append("\n" + "".join(words).rstrip())
 
 

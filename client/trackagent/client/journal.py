@@ -35,6 +35,7 @@ from trackagent.client.folder import ProducerFolder
 from trackagent.client.record import Packer
 from trackagent.client.segment import (
     HEADER_BYTES,
+    LAST_WORDS_BYTES,
     MAX_IDENTITY_BYTES,
     MAX_LANES,
     SUFFIX,
@@ -51,7 +52,7 @@ class _NoSegment(Segment):
         self.base = 0
         self.number = 0
         self.position = HEADER_BYTES
-        self.limit = 0
+        self.limit = -LAST_WORDS_BYTES
         self.previous = None
         self.schemas = {}
 
@@ -155,7 +156,7 @@ class Journal:
             raise JournalError(f"the producer's identity takes {len(self._identity)} bytes")
         self._producer_id = str(identity["producer_id"])
         self._segment_bytes = segment_bytes
-        self._room = segment_bytes - HEADER_BYTES
+        self._room = segment_bytes - HEADER_BYTES - LAST_WORDS_BYTES
         self._memory_bytes = memory_bytes
         self._journal_bytes = journal_bytes
         self._wake = wake
@@ -217,16 +218,22 @@ class Journal:
         if self._wake is not None:
             self._wake()
 
-    def write(self, lane: Lane, data: bytes) -> None:
+    def write(self, lane: Lane, data: bytes, *, last_words: bool = False) -> None:
         """Publishes one encoded record (record.encode) in the taken lane.
 
-        JournalError when there is no room. `data` fits a segment: record.MAX_RECORD_BYTES is below
-        its size, or ValueRefused says so.
+        JournalError when there is no room. last_words: the room that each segment keeps for what a full
+        journal must still say is used too. ValueRefused when `data` is larger than a segment (no record is
+        larger than record.MAX_RECORD_BYTES).
         """
         if len(data) > self._room:
             raise record.too_large(len(data), self._room)
         if lane.segment.position + len(data) > lane.segment.limit:
-            self.roll(lane)
+            try:
+                self.roll(lane)
+            except JournalError:
+                end = lane.segment.position + len(data)
+                if not last_words or end > lane.segment.limit + LAST_WORDS_BYTES:
+                    raise
         segment = lane.segment
         at = segment.position
         segment.map[at + 8 : at + len(data)] = data[8:]

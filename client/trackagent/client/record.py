@@ -59,6 +59,9 @@ class Kind(IntEnum):
         7  # {"status": "finished|failed|killed", "error": text, "records": metric records logged}
     )
     LOSS = 8  # {reason: records refused so far, by this producer}
+    # Log calls refused between two that got through: {"reason": text, "first_step": n, "last_step": n,
+    # "first_time_ns": n, "last_time_ns": n, "records": n}; with the same reason and first time: it has grown.
+    GAP = 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,17 @@ from zlib import crc32
 
 from trackagent.client import record, values
 from trackagent.client.config import ClientConfig
-from trackagent.client.errors import ConfigError, TooManyCalls, TrackagentError, ValueRefused
+from trackagent.client.errors import (
+    ConfigError,
+    JournalError,
+    TooManyCalls,
+    TrackagentError,
+    ValueRefused,
+)
 from trackagent.client.instrument import Timer
 from trackagent.client.journal import Journal, Lane
 from trackagent.client.record import Kind
+from trackagent.client.refusals import Refusals
 from trackagent.client.sender import Sender
 
 if TYPE_CHECKING:
@@ -96,11 +103,7 @@ class Run:
 
     def _open(self, *, forked: bool) -> None:
         """Begins a producer: a journal, and the thread that delivers it."""
-        # Refused values and calls by reason: appended by any thread, then counted, then written.
-        self._refusals: deque[str] = deque()
-        self._counting = threading.Lock()
-        self._lost: dict[str, int] = {}
-        self._lost_written: dict[str, int] = {}
+        self._refusals = Refusals()
         self._warnings: deque[str] = deque(maxlen=100)
         self._finishing = threading.Lock()
         who = self._who
@@ -255,13 +258,13 @@ class Run:
         end_written = False
         try:
             if lane is not None:
-                self._write_losses(lane)
+                self._refusals.write(self._journal, lane, last=True)
                 ending = {
                     "status": status,
                     "error": reason,
                     "records": self._journal.records,
                 }
-                self._journal.write(lane, _encode(Kind.FINISH, ending))
+                self._journal.write(lane, _encode(Kind.FINISH, ending), last_words=True)
                 end_written = True
         except TrackagentError as problem:
             self._warn("journal full", "finish", str(problem))
@@ -312,7 +315,7 @@ class Run:
         except Exception as error:
             if _is_a_handlers(error):
                 raise
-            self._refuse([("log", error)])
+            self._refuse([("log", error)], lost_at=self._passed_over(error, step))
             return
         try:
             self._log_slowly(lane, metrics, step, timestamp)
@@ -322,6 +325,8 @@ class Run:
     def _log_slowly(self, lane: Lane, metrics: Any, step: Any, timestamp: Any) -> None:
         """A log call with anything the fast path does not handle: new keys, odd values, a full segment."""
         refused: list[tuple[str, Exception]] = []
+        number: int | None = None
+        lost_at: int | None = None
         try:
             if not isinstance(metrics, Mapping):
                 problem = f"log() got {type(metrics).__name__}: give a dict of names and numbers"
@@ -348,7 +353,19 @@ class Run:
             if type(metrics) is dict and _is_a_handlers(error):
                 raise
             refused.append(("log", error))
-        self._refuse(refused)
+            lost_at = self._passed_over(error, number)
+        self._refuse(refused, lost_at=lost_at)
+
+    def _passed_over(self, error: Exception, step: Any) -> int | None:
+        """The step of a call that found no room, None where it has none. It counts as a step all the same:
+        what comes after keeps its place beside other ranks, and the curve a hole."""
+        if not isinstance(error, JournalError):
+            return None
+        try:
+            self._last_step = self._last_step + 1 if step is None else values.to_step(step)
+        except ValueRefused:
+            return None
+        return self._last_step
 
     def _log_seconds(self, name: str, seconds: float) -> None:
         """What a timer measured, at the step under way, which it leaves as it is."""
@@ -364,7 +381,8 @@ class Run:
             finally:
                 lane.give_back(lane)
         except Exception as error:
-            self._refuse([("timer", error)])
+            at = self._last_step + 1 if isinstance(error, JournalError) else None
+            self._refuse([("timer", error)], lost_at=at)
 
     def _texts(
         self, what: str, items: Mapping[str, Any]
@@ -418,15 +436,15 @@ class Run:
 
     # --- what is refused
 
-    def _refuse(self, refused: list[tuple[str, Exception]]) -> None:
-        """Counts each by its reason and warns once of each; raises the first one if strict."""
+    def _refuse(self, refused: list[tuple[str, Exception]], *, lost_at: int | None = None) -> None:
+        """Counts each by its reason and warns once of each; raises the first one if strict. lost_at: the step
+        of a log call of which, by the last of these, nothing was kept."""
         for name, error in refused:
             known = isinstance(error, TrackagentError)
             reason = error.reason if isinstance(error, TrackagentError) else "error"
-            self._refusals.append(reason)
+            at = lost_at if error is refused[-1][1] else None
+            self._refusals.add(reason, at, self._journal.records)
             self._warn(reason, name, str(error) if known else repr(error))
-        if len(self._refusals) > 1000:
-            self._count_refusals()
         if refused and self._sender is None:
             # A forked process has no sender's thread that would do these.
             if not self._forked_without_journal:
@@ -436,16 +454,6 @@ class Run:
             self._emit_warnings()
         if refused and self._strict:
             raise refused[0][1] from None
-
-    def _count_refusals(self) -> None:
-        # Whoever comes second need not wait: the first one counts its refusals too, or the next one does.
-        if self._counting.acquire(blocking=False):
-            try:
-                while self._refusals:
-                    reason = self._refusals.popleft()
-                    self._lost[reason] = self._lost.get(reason, 0) + 1
-            finally:
-                self._counting.release()
 
     def _warn(self, reason: str, name: str, message: str) -> None:
         """Once for each reason and name; written by the sender's thread, since a log handler may block."""
@@ -457,17 +465,10 @@ class Run:
         while self._warnings:
             logger.warning("%s", self._warnings.popleft())
 
-    def _write_losses(self, lane: Lane) -> None:
-        self._count_refusals()
-        lost = dict(self._lost)
-        if lost != self._lost_written:
-            self._journal.write(lane, _encode(Kind.LOSS, lost))
-            self._lost_written = lost
-
     def _housekeep(self) -> None:
         """On the sender's thread, every flush interval."""
         self._emit_warnings()
-        if self._refusals or self._lost != self._lost_written:
+        if self._refusals.unwritten:
             try:
                 lane = self._take()
             except IndexError:
@@ -475,7 +476,7 @@ class Run:
             try:
                 # Without room now, the counts are written when there is.
                 with contextlib.suppress(TrackagentError):
-                    self._write_losses(lane)
+                    self._refusals.write(self._journal, lane)
             finally:
                 lane.give_back(lane)
 

@@ -31,6 +31,8 @@ from trackagent.client import record
 from trackagent.client.record import Packer
 
 HEADER_BYTES = 4096
+# At a segment's end, kept for what a full journal must still say: what was lost, and how the run ended.
+LAST_WORDS_BYTES = 8192
 ACKNOWLEDGED_AT = HEADER_BYTES - 8
 MAX_IDENTITY_BYTES = ACKNOWLEDGED_AT - 40
 MAGIC = b"TRKJRNL1"
@@ -87,7 +89,8 @@ def read_header(data: bytes | memoryview | mmap.mmap) -> SegmentHeader | None:
 class Segment:
     """One mapped segment file.
 
-    `position` is where the next record goes: everything before it is published. `schemas` maps the keys of a
+    `position` is where the next record goes: everything before it is published. `limit`: where records end,
+    LAST_WORDS_BYTES before the file does. `schemas` maps the keys of a
     log call to what packs them, for keys whose SCHEMA record stands in this segment. `previous` is the
     segment before it in its lane, None once that is freed.
     """
@@ -115,7 +118,7 @@ class Segment:
         self.base = 0
         self.number = 0
         self.position = HEADER_BYTES
-        self.limit = size
+        self.limit = size - LAST_WORDS_BYTES
         self.previous: Segment | None = None
         self.schemas: dict[tuple[str, ...], Packer] = {}
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -10,6 +10,7 @@ from trackagent.agent.store.contract import (
     Batch,
     BatchId,
     EventData,
+    Gap,
     Loss,
     Points,
     ProducerEnd,
@@ -85,3 +86,17 @@ def end(
 
 def loss(by: ProducerInfo, reason: str, records: int, *, more: bool = False) -> Loss:
     return Loss(by.producer_id, reason, records, more)
+
+
+def gap(
+    by: ProducerInfo,
+    first_step: int,
+    last_step: int,
+    *,
+    reason: str = "full",
+    records: int = 10,
+    time_ns: int = 7,
+) -> Gap:
+    """One that lasted for 100 ns."""
+    times = (time_ns, time_ns + 100)
+    return Gap(by.producer_id, reason, first_step, last_step, *times, records)

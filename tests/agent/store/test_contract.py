@@ -16,6 +16,7 @@ from tests.agent.store.batches import (
     batch,
     end,
     event,
+    gap,
     loss,
     param,
     points,
@@ -30,6 +31,7 @@ from trackagent.agent.store.contract import (
     Points,
     Reader,
     Rejected,
+    RunGap,
     RunSummary,
     Setting,
     Writer,
@@ -98,6 +100,7 @@ def everything(reader: Reader) -> dict[str, Any]:
             reader.params(run.run_id),
             reader.tags(run.run_id),
             reader.losses(run.run_id),
+            reader.gaps(run.run_id),
             sorted((one.time_ns, one.message) for one in reader.events(run.run_id)),
             [(*astuple(info), bits(info.last_value)) for info in infos],
             [arrays(reader.series(run.run_id, info.key, info.source)) for info in infos],
@@ -476,6 +479,39 @@ def test_more_of_a_loss_comes_on_top_of_the_largest_count(
     for at in order:
         writer.write(batch(at, R0, losses=[said[at]]))
     assert (reader.losses(RUN), summary(reader).lost_records) == ({"full": 13}, 13)
+
+
+def test_a_gap_says_where_records_are_missing(writer: Writer, reader: Reader) -> None:
+    writer.write(batch(1, AGAIN, gaps=[gap(AGAIN, 3, 9, records=7)]))
+    assert reader.gaps(RUN) == [RunGap("rank 0", 2, "full", 3, 9, 7, 107, 7)]
+
+
+def test_gaps_come_in_the_order_of_their_times(writer: Writer, reader: Reader) -> None:
+    writer.write(batch(1, R1, gaps=[gap(R1, 5, 6, time_ns=30)]))
+    writer.write(batch(2, R0, gaps=[gap(R0, 5, 6, time_ns=20), gap(R0, 1, 2, time_ns=10)]))
+    found = [(one.source, one.first_step) for one in reader.gaps(RUN)]
+    assert found == [("rank 0", 1), ("rank 0", 5), ("rank 1", 5)]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_gap_that_has_grown_is_one(
+    writer: Writer, reader: Reader, order: tuple[int, ...]
+) -> None:
+    said = [gap(R0, 3, 5, records=3), gap(R0, 3, 9, records=7), gap(R0, 2, 7, records=6)]
+    for at in order:
+        writer.write(batch(at, R0, gaps=[said[at]]))
+    (found,) = reader.gaps(RUN)
+    assert (found.first_step, found.last_step, found.records) == (2, 9, 7)
+
+
+def test_of_too_many_gaps_the_oldest_become_one(writer: Writer, reader: Reader) -> None:
+    gaps = [gap(R0, 10 * i, 10 * i + 5, records=i, time_ns=1000 * i) for i in range(1003)]
+    writer.write(batch(1, R0, R1, gaps=[*gaps, gap(R1, 0, 1)]))
+    found = [one for one in reader.gaps(RUN) if one.source == "rank 0"]
+    first, second = found[:2]
+    assert (len(found), sum(one.records for one in found)) == (1000, sum(range(1003)))
+    assert (first.first_step, first.last_step, first.records) == (0, 35, 6)
+    assert (second.first_step, second.last_time_ns) == (40, 4100)
 
 
 def test_losses_are_summed_over_producers_by_reason(writer: Writer, reader: Reader) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,28 +14,54 @@ from trackagent.agent.draw import Curve
 from trackagent.agent.store.contract import Floats, Ints
 
 if TYPE_CHECKING:
-    from trackagent.agent.store.contract import Reader, SeriesInfo
+    from trackagent.agent.store.contract import Reader, RunGap, SeriesInfo
+
+Spans = list[tuple[float, float]]
+"""First and last step of each, ascending and apart."""
 
 # A rank's own series; not one of a process that it forked.
 _RANK = re.compile(r"rank (\d+)")
 
 
-def read_curves(store: Reader, run_id: str, series: Sequence[SeriesInfo]) -> list[Curve]:
-    """One curve a source, and, where there are several ranks, their mean."""
+def read_curves(
+    store: Reader, run_id: str, series: Sequence[SeriesInfo], gaps: Sequence[RunGap] = ()
+) -> list[Curve]:
+    """One curve a source, and, where there are several ranks, their mean. gaps: those of the run."""
     curves, mean, ranks = [], RankMean(), 0
+    in_all: Spans | None = None
     for one in series:
         points = store.series(run_id, one.key, one.source)
         rank = _RANK.fullmatch(one.source)
         short = rank[1] if rank else one.source
         x, y = thinned(points.steps.astype(float), points.values)
-        curves.append(Curve(visible(one.source), visible(short), x, y))
+        missing = united((g.first_step, g.last_step) for g in gaps if g.source == one.source)
+        curves.append(Curve(visible(one.source), visible(short), x, y, gaps=missing))
         if rank:
             ranks += 1
             mean.add(points.steps, points.values)
+            in_all = missing if in_all is None else in_both(in_all, missing)
     if ranks > 1:
         steps, values = mean.points()
-        curves.append(Curve(f"mean of {ranks} ranks", "", steps.astype(float), values, heavy=True))
+        x = steps.astype(float)
+        curves.append(Curve(f"mean of {ranks} ranks", "", x, values, heavy=True, gaps=in_all or []))
     return curves
+
+
+def united(spans: Iterable[tuple[float, float]]) -> Spans:
+    """The spans in order, those that meet as one."""
+    found: Spans = []
+    for first, last in sorted(spans):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], last)
+        else:
+            found.append((float(first), float(last)))
+    return found
+
+
+def in_both(some: Spans, others: Spans) -> Spans:
+    """Where spans of both overlap."""
+    overlaps = [(max(a, c), min(b, d)) for a, b in some for c, d in others]
+    return [(first, last) for first, last in overlaps if first <= last]
 
 
 def thinned(x: Floats, y: Floats, buckets: int = 2_000) -> tuple[Floats, Floats]:

@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from trackagent.agent.store.contract import RunGap
 
 PIPED_COLUMNS = 80
 WARNED_DAMAGE = 3
@@ -129,6 +132,20 @@ def duration(seconds: float) -> str:
 def counted(count: int, what: str) -> str:
     """1 record, 2 records."""
     return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def spaced(count: int) -> str:
+    """12 340: thousands are set apart."""
+    return f"{count:,}".replace(",", " ")
+
+
+def gap_text(gap: RunGap) -> str:
+    """What a gap says, in a line."""
+    steps = f"steps {gap.first_step} to {gap.last_step}"
+    where = f"step {gap.first_step}" if gap.first_step == gap.last_step else steps
+    were = "record was" if gap.records == 1 else "records were"
+    reason = visible(gap.reason)
+    return f"{spaced(gap.records)} {were} refused at {where}: {reason}"
 
 
 def byte_count(count: float) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import collections
 import csv
+import dataclasses
 import fnmatch
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -19,12 +20,20 @@ import click
 
 from trackagent.agent.cli import OK
 from trackagent.agent.cli.options import configured, json_option, opened_store
-from trackagent.agent.cli.output import jsonable, local, number, visible, warn_of_damage
+from trackagent.agent.cli.output import (
+    gap_text,
+    jsonable,
+    local,
+    number,
+    spaced,
+    visible,
+    warn_of_damage,
+)
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
 
 if TYPE_CHECKING:
-    from trackagent.agent.store.contract import Event, ExportBlock, Reader
+    from trackagent.agent.store.contract import Event, ExportBlock, Reader, RunGap
 
 FOLLOW_INTERVAL_S = 0.3
 CSV_COLUMNS = ("key", "source", "rank", "attempt", "step", "time_ns", "value")
@@ -50,8 +59,9 @@ SLICE_POINTS = 50_000
     help="Write there instead of to the screen.",
 )
 @click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
+@click.option("--gaps", "of_gaps", is_flag=True, help="Print where points are missing instead.")
 def export_command(
-    config: AgentConfig, run: str, form: str, output: Path | None, pattern: str
+    config: AgentConfig, run: str, form: str, output: Path | None, pattern: str, of_gaps: bool
 ) -> int:
     """Print every stored point of a run.
 
@@ -64,13 +74,23 @@ def export_command(
     JSON, nan, inf and -inf in CSV. time_ns: nanoseconds since 1970-01-01 UTC.
 
     \b
+    With --gaps: source, attempt, reason, first_step, last_step, first_time_ns,
+    last_time_ns, records. Without it, a line on stderr says whether there are any.
+
+    \b
     Examples:
       trackagent export latest > points.jsonl
+      trackagent export latest --gaps --format csv
       trackagent export 4f2a --format csv --output points.csv --key 'train/*'
     """
     lines = _jsonl_lines if form == "jsonl" else _csv_lines
     with opened_store(config) as store, _destination(output) as out:
         run_id = store.run(run).run_id
+        gaps = store.gaps(run_id)
+        if of_gaps:
+            _write_gaps(gaps, form, out)
+            return OK
+        _warn_of_gaps(gaps)
         blocks = store.export(run_id)
         if form == "csv":
             out.write(",".join(CSV_COLUMNS) + "\n")
@@ -79,6 +99,28 @@ def export_command(
                 out.write(text)
         warn_of_damage(store.damage(run_id))
     return OK
+
+
+def _write_gaps(gaps: Sequence[RunGap], form: str, out: IO[str]) -> None:
+    from trackagent.agent.store.contract import RunGap
+
+    rows = [dataclasses.asdict(gap) for gap in gaps]
+    if form == "jsonl":
+        out.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return
+    writer = csv.DictWriter(out, RunGap.__slots__, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _warn_of_gaps(gaps: Sequence[RunGap]) -> None:
+    if gaps:
+        records = spaced(sum(gap.records for gap in gaps))
+        click.echo(
+            f"trackagent: warning: {records} records of this run were refused and are missing: "
+            "--gaps lists where",
+            err=True,
+        )
 
 
 @contextmanager
@@ -194,7 +236,8 @@ def tail_command(
 
     \b
     JSON, one object a line: {time_ns, source, step, attempt, values {key: value}}
-      for points, {time_ns, source, step, level, message, data} for events
+      for points, {time_ns, source, step, level, message, data} for events,
+      {time_ns, source, step, attempt, gap {reason, first_step, last_step, records}}
     """
     show = _entry_json if as_json else _entry_text
     with opened_store(config) as store:
@@ -218,7 +261,7 @@ def tail_command(
 
 
 class _News:
-    """What a run has got since the last read, in the order of storing: events, then points."""
+    """What a run has got since the last read, in the order of storing: events, then gaps, then points."""
 
     def __init__(self, store: Reader, run_id: str, pattern: str) -> None:
         self._store = store
@@ -226,11 +269,17 @@ class _News:
         self._pattern = pattern
         self._skip: dict[str, int] = {}
         self._event = 0
+        # A gap may grow: then it is told again.
+        self._gaps: set[RunGap] = set()
 
     def read(self) -> Iterator[dict[str, Any]]:
         for event in self._store.events(self._run_id, after=self._event):
             self._event = event.id
             yield _event_entry(event)
+        for gap in self._store.gaps(self._run_id):
+            if gap not in self._gaps:
+                self._gaps.add(gap)
+                yield _gap_entry(gap)
         for block in self._store.export(self._run_id, skip=self._skip):
             yield from _point_entries(block, self._pattern)
 
@@ -243,6 +292,22 @@ def _event_entry(event: Event) -> dict[str, Any]:
         "level": event.level,
         "message": event.message,
         "data": event.data,
+    }
+
+
+def _gap_entry(gap: RunGap) -> dict[str, Any]:
+    return {
+        "time_ns": gap.last_time_ns,
+        "source": gap.source,
+        "step": None,
+        "attempt": gap.attempt,
+        "gap": {
+            "reason": gap.reason,
+            "first_step": gap.first_step,
+            "last_step": gap.last_step,
+            "records": gap.records,
+        },
+        "text": gap_text(gap),
     }
 
 
@@ -263,7 +328,8 @@ def _point_entries(block: ExportBlock, pattern: str) -> Iterator[dict[str, Any]]
 
 
 def _entry_json(entry: dict[str, Any]) -> str:
-    return json.dumps(jsonable(entry), ensure_ascii=False, allow_nan=False)
+    said = {key: value for key, value in entry.items() if key != "text"}
+    return json.dumps(jsonable(said), ensure_ascii=False, allow_nan=False)
 
 
 def _entry_text(entry: dict[str, Any]) -> str:
@@ -274,4 +340,6 @@ def _entry_text(entry: dict[str, Any]) -> str:
     if "values" in entry:
         values = "  ".join(f"{visible(k)}={number(v)}" for k, v in entry["values"].items())
         return f"{begin}  {values}"
+    if "gap" in entry:
+        return f"{begin}  gap: {entry['text']}"
     return f"{begin}  {entry['level']}: {visible(entry['message'])}"

@@ -19,6 +19,7 @@ from trackagent.agent.cli.output import (
     columns,
     console,
     counted,
+    gap_text,
     number,
     print_json,
     print_table,
@@ -33,9 +34,10 @@ from trackagent.agent.config import AgentConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trackagent.agent.store.contract import Event, Reader, RunSummary, SeriesInfo
+    from trackagent.agent.store.contract import Event, Reader, RunGap, RunSummary, SeriesInfo
 
 SHOWN_EVENTS = 10
+SHOWN_GAPS = 10
 SHOWN_KEYS = 30
 DRAWN_KEYS = 3
 # What people look at first, as parts of keys.
@@ -76,7 +78,7 @@ def show_command(
 
     Facts, params, tags, events, losses and series come first. RUN is a run id, the beginning
     of one, a name, or `latest` (the default). Every rank is a curve; the heavy line is the
-    mean of the ranks that logged a step.
+    mean of the ranks that logged a step. Where records were refused, lines are interrupted.
 
     \b
     Examples:
@@ -87,7 +89,8 @@ def show_command(
     \b
     JSON keys: those of `trackagent runs --json`, and params, tags,
       losses {reason: records}, events [{id, time_ns, level, source, step,
-      message, data}], series [{key, source, points, first_step, last_step,
+      message, data}], gaps [{source, attempt, reason, first_step, last_step,
+      first_time_ns, last_time_ns, records}], series [{key, source, points, first_step, last_step,
       last_value}], damage [what of the points can no longer be read]
     """
     with opened_store(config) as store:
@@ -104,8 +107,10 @@ def show_command(
         _print_settings(out, "params", store.params(summary.run_id))
         _print_settings(out, "tags", store.tags(summary.run_id))
         _print_events(out, store.events(summary.run_id))
+        gaps = store.gaps(summary.run_id)
+        _print_gaps(out, gaps)
         _print_series(out, series)
-        _print_curves(out, store, summary.run_id, series, drawn, rows=rows, log=log)
+        _print_curves(out, store, summary.run_id, series, gaps, drawn, rows=rows, log=log)
         hidden = summary.series and len(drawn) < len(_by_key(series))
         if hidden and not patterns and not no_curves:
             out.print(
@@ -122,6 +127,7 @@ def _run_json(store: Reader, summary: RunSummary) -> dict[str, Any]:
         "tags": store.tags(run_id),
         "losses": store.losses(run_id),
         "events": [dataclasses.asdict(event) for event in store.events(run_id)],
+        "gaps": [dataclasses.asdict(gap) for gap in store.gaps(run_id)],
         "series": [dataclasses.asdict(one) for one in store.series_list(run_id)],
     }
 
@@ -185,6 +191,22 @@ def _print_events(out: Console, events: Sequence[Event]) -> None:
     print_table(out, rows)
 
 
+def _print_gaps(out: Console, gaps: Sequence[RunGap]) -> None:
+    if not gaps:
+        return
+    hidden = len(gaps) - SHOWN_GAPS
+    which = f" (the largest {SHOWN_GAPS} of {len(gaps)}, --json lists them all)"
+    out.print("\ngaps" + (which if hidden > 0 else ""), style="bold")
+    rows = table("", "", "")
+    rows.show_header = False
+    shown = sorted(gaps, key=lambda gap: gap.records)[-SHOWN_GAPS:]
+    for gap in sorted(shown, key=lambda gap: gap.first_time_ns):
+        rows.add_row(
+            f"  {clock(gap.first_time_ns)}", safe(gap.source), safe(gap_text(gap), "bold red")
+        )
+    print_table(out, rows)
+
+
 def _print_series(out: Console, series: Sequence[SeriesInfo]) -> None:
     """One row a key: a job of many ranks has more series than anyone reads."""
     if not series:
@@ -214,6 +236,7 @@ def _print_curves(
     store: Reader,
     run_id: str,
     series: Sequence[SeriesInfo],
+    gaps: Sequence[RunGap],
     keys: Sequence[str],
     *,
     rows: int,
@@ -225,7 +248,7 @@ def _print_curves(
     from trackagent.agent.draw import draw
 
     for key in keys:
-        curves = read_curves(store, run_id, by_key[key])
+        curves = read_curves(store, run_id, by_key[key], gaps)
         out.print()
         out.print(draw(visible(key), curves, width=columns(), rows=rows, log=log), end="")
 

@@ -135,6 +135,22 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """`records` log calls that a producer refused, for `reason`, between two that got through, at steps from
+    first_step to last_step. A gap with the same reason and first_time_ns as one before is that one, grown: of
+    each figure the largest stays, of first_step the least. Where a producer has more than 1000, the oldest
+    become one."""
+
+    producer_id: bytes
+    reason: str
+    first_step: int
+    last_step: int
+    first_time_ns: int
+    last_time_ns: int
+    records: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """What one range of the spool says, in order of arrival within each kind. Every producer_id occurs in
     `producers` of this batch or of one written before. metric_records: for each producer the number of metric
@@ -148,6 +164,7 @@ class Batch:
     points: Sequence[Points] = ()
     ends: Sequence[ProducerEnd] = ()
     losses: Sequence[Loss] = ()
+    gaps: Sequence[Gap] = ()
     metric_records: dict[bytes, int] = field(default_factory=dict)
 
 
@@ -189,6 +206,20 @@ class Event:
     step: int | None
     message: str
     data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunGap:
+    """A Gap as read: steps of `source` in `attempt` at which records are missing."""
+
+    source: str
+    attempt: int
+    reason: str
+    first_step: int
+    last_step: int
+    first_time_ns: int
+    last_time_ns: int
+    records: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +306,10 @@ class Reader(Protocol):
     def tags(self, run_id: str) -> dict[str, str]: ...
 
     def losses(self, run_id: str) -> dict[str, int]: ...
+
+    def gaps(self, run_id: str) -> list[RunGap]:
+        """In the order of their first times."""
+        ...
 
     def events(self, run_id: str, after: int = 0) -> list[Event]: ...
 

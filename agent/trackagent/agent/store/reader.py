@@ -25,6 +25,7 @@ from trackagent.agent.store.contract import (
     ExportBlock,
     Ints,
     NotFound,
+    RunGap,
     RunSummary,
     Series,
     SeriesInfo,
@@ -118,6 +119,16 @@ class SqliteReader:
                 (self._row_of(connection, run_id),),
             )
             return dict(rows.fetchall())
+
+    def gaps(self, run_id: str) -> list[RunGap]:
+        with self._connected("read gaps") as connection:
+            rows = connection.execute(
+                "SELECT s.source, p.attempt, g.reason, g.first_step, g.last_step, g.first_time_ns,"
+                " g.last_time_ns, g.records FROM producers p JOIN sources s ON s.id = p.source"
+                " JOIN gaps g ON g.producer = p.id WHERE p.run = ? ORDER BY g.first_time_ns, p.id, g.reason",
+                (self._row_of(connection, run_id),),
+            )
+            return [RunGap(*row) for row in rows]
 
     def events(self, run_id: str, after: int = 0) -> list[Event]:
         with self._connected("read events") as connection:

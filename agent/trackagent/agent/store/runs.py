@@ -12,6 +12,7 @@ import sqlite3
 from trackagent.agent.store.contract import (
     BatchId,
     EventData,
+    Gap,
     Loss,
     ProducerEnd,
     ProducerInfo,
@@ -22,6 +23,7 @@ from trackagent.agent.store.streams import Producer
 
 _END_STATUSES = ("finished", "failed", "killed")
 _SHOWN_CHARACTERS = 200
+_MAX_GAPS = 1_000  # of one producer
 
 
 def mark_applied(connection: sqlite3.Connection, id_: BatchId) -> bool:
@@ -171,6 +173,43 @@ def add_loss(connection: sqlite3.Connection, producer: int, loss: Loss) -> int:
             ),
         )
     return grown
+
+
+def add_gap(connection: sqlite3.Connection, producer: int, gap: Gap) -> None:
+    """Adds a gap or lets it grow; of too many, the oldest two become one."""
+    connection.execute(
+        "INSERT INTO gaps (producer, reason, first_time_ns, last_time_ns, first_step, last_step, records)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (producer, reason, first_time_ns) DO UPDATE SET"
+        " last_time_ns = max(last_time_ns, excluded.last_time_ns),"
+        " first_step = min(first_step, excluded.first_step),"
+        " last_step = max(last_step, excluded.last_step), records = max(records, excluded.records)",
+        (
+            producer,
+            gap.reason,
+            gap.first_time_ns,
+            gap.last_time_ns,
+            gap.first_step,
+            gap.last_step,
+            gap.records,
+        ),
+    )
+    (count,) = connection.execute(
+        "SELECT count(*) FROM gaps WHERE producer = ?", (producer,)
+    ).fetchone()
+    if count <= _MAX_GAPS:
+        return
+    oldest = connection.execute(
+        "SELECT rowid, last_time_ns, first_step, last_step, records FROM gaps WHERE producer = ?"
+        " ORDER BY first_time_ns, reason LIMIT 2",
+        (producer,),
+    ).fetchall()
+    (first, *_), (second, *_) = oldest
+    _, last_times, first_steps, last_steps, records = zip(*oldest, strict=True)
+    connection.execute("DELETE FROM gaps WHERE rowid = ?", (second,))
+    connection.execute(
+        "UPDATE gaps SET last_time_ns = ?, first_step = ?, last_step = ?, records = ? WHERE rowid = ?",
+        (max(last_times), min(first_steps), max(last_steps), sum(records), first),
+    )
 
 
 def settle(connection: sqlite3.Connection, run: int) -> None:

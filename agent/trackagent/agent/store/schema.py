@@ -16,6 +16,7 @@ chunks       points [start, start + n) of a stream; data: a block with all colum
              they lie in `columns`. increasing: steps rise strictly. level: see compaction.py, -1 when damaged
 columns      id = chunk * 16384 + position; position 0 the steps, 1 the times, 2 + i the i-th key
 losses       one a (producer, reason); counted: largest count from the beginning, more: additions to it
+gaps         one a (producer, reason, first_time_ns): log calls refused in a row
 applied      ranges of spool sequence numbers that were written
 """
 
@@ -223,5 +224,15 @@ def _version_2(database: Database) -> None:
     losses.add_column("more", int, not_null_default=0)
 
 
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2)
+def _version_3(database: Database) -> None:
+    figures = ("first_time_ns", "last_time_ns", "first_step", "last_step", "records")
+    database.create_table(
+        "gaps",
+        {"producer": int, "reason": str, **dict.fromkeys(figures, int)},
+        pk=("producer", "reason", "first_time_ns"),
+        foreign_keys=[("producer", "producers", "id")],
+    )
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2, _version_3)
 VERSION = len(MIGRATIONS)

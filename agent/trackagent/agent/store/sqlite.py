@@ -181,6 +181,8 @@ class SqliteWriter:
         for loss in batch.losses:
             producer = self._producer(connection, loss.producer_id)
             _add(figures, producer.run, lost=runs.add_loss(connection, producer.id, loss))
+        for gap in batch.gaps:
+            runs.add_gap(connection, self._producer(connection, gap.producer_id).id, gap)
         connection.executemany(
             "UPDATE runs SET series = series + ?, points = points + ?, records_stored = records_stored + ?,"
             " lost_records = lost_records + ? WHERE id = ?",
