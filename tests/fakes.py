@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -105,9 +105,18 @@ class Point(NamedTuple):
 class AgentProcess:
     """A real `trackagent start` on `folders`. One at a time; may be started again after its end."""
 
-    def __init__(self, folders: Folders, *flags: str) -> None:
+    def __init__(
+        self,
+        folders: Folders,
+        *flags: str,
+        command: Sequence[str] = (str(COMMAND),),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """command, variables: what to start instead of `trackagent`, with what in its environment."""
         self.folders = folders
         self.flags = flags
+        self.command = command
+        self.variables = variables or {}
         self.output_path = folders.directory.parent / "agent.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -120,18 +129,23 @@ class AgentProcess:
         """What the agent has printed, over all its starts."""
         return self.output_path.read_text(errors="replace")
 
-    def start(self) -> AgentProcess:
-        """Starts it and returns when it answers."""
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Starts it and returns at once."""
         with self.output_path.open("ab") as output:
             process = subprocess.Popen(
-                [COMMAND, "start", *self.flags],
-                env=self.folders.environment,
+                [*self.command, "start", *self.flags],
+                env={**self.folders.environment, **self.variables},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
         self.process = process
-        seen = self.output.count("listens at")
+        return process
+
+    def start(self) -> AgentProcess:
+        """Starts it and returns when it answers."""
+        seen = self.output.count("listens at") if self.output_path.exists() else 0
+        process = self.launch()
 
         def answers() -> bool:
             assert process.poll() is None, f"the agent ended:\n{self.output}"
@@ -287,6 +301,7 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         # What to do, any of them changeable at any time.
         self.refuse_open: Refusal | None = None
         self.refuse_push: Refusal | None = None
+        self.refuse_close: Refusal | None = None
         self.acknowledge = True
         self.complete = True
         self.break_after: int | None = (
@@ -368,6 +383,8 @@ class FakeAgent(agent_pb2_grpc.AgentServicer):
         self, request: agent_pb2.CloseRunRequest, context: grpc.ServicerContext
     ) -> agent_pb2.CloseRunResponse:
         self.closed.append(request)
+        if self.refuse_close is not None:
+            context.abort(*self.refuse_close)
         return agent_pb2.CloseRunResponse(complete=self.complete)
 
 

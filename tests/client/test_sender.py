@@ -72,7 +72,7 @@ class Producer:
             return self.sender.drain(time.monotonic() + timeout_s)
         finally:
             self.journal.seal(0.0, "over")
-            self.journal.close()
+            self.journal.close(remove=self.sender.ended)
 
 
 @pytest.fixture
@@ -330,6 +330,19 @@ def test_the_end_is_bounded_when_the_agent_never_has_everything(
     begin = time.monotonic()
     producer.end(0.5)
     assert 0.5 <= time.monotonic() - begin < 3.0
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_journal_stays_for_the_agent_to_find_when_it_has_not_confirmed_the_end(
+    agent: FakeAgent, folders: Folders, start: Callable[..., Producer], confirmed: bool
+) -> None:
+    if not confirmed:
+        agent.refuse_close = Refusal(grpc.StatusCode.UNAVAILABLE, "killed by the test")
+    agent.start()
+    producer = start()
+    producer.write(3)
+    assert producer.end()
+    assert (folders.journals() == []) is confirmed
 
 
 def test_the_end_waits_for_no_agent_that_is_not_there(start: Callable[..., Producer]) -> None:

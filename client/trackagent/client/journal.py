@@ -412,10 +412,11 @@ class Journal:
         self._sealed = len(taken) == len(self.lanes)
         return min(taken, key=lambda lane: lane.number) if taken else None
 
-    def close(self) -> None:
+    def close(self, *, remove: bool = True) -> None:
         """Deletes what has been delivered, leaves the rest to the agent, and gives the locks up.
-        Idempotent."""
-        remove = self._sealed and self.delivered
+        Idempotent. remove: the agent knows of the producer's end; else everything is left, since the free
+        lock is how it finds out."""
+        remove = remove and self._sealed and self.delivered
         if self._sealed:
             held = [segment for lane in self.lanes.values() for segment in lane.segments()]
             for segment in [*self._spares, *held]:

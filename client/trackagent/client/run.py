@@ -270,7 +270,7 @@ class Run:
             self._warn("journal full", "finish", str(problem))
         if self._sender:
             self._delivered = self._sender.drain(deadline) and end_written
-        self._journal.close()
+        self._journal.close(remove=self._sender is None or self._sender.ended)
         self._emit_warnings()
         return self._delivered
 

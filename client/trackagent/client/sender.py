@@ -60,6 +60,9 @@ class Sender:
         self._draining = False
         self._stopping = False
         self._given_up = False
+        self.ended = (
+            False  # by the agent's word: it knows that the producer has ended, and has everything
+        )
         self._done = threading.Event()
         self._stream: _Stream | None = None
         self._started = time.monotonic()
@@ -142,7 +145,9 @@ class Sender:
         with self._turn:
             if not self._journal.delivered or self._stream is None:
                 return self._journal.delivered
-            return self._stream.close_run(self._journal.ends())
+            answer = self._stream.close_run(self._journal.ends())
+            self.ended = answer is True
+            return answer is not False
 
     def _connect(self) -> bool:
         """Opens a stream; False, and a warning at the first time, when no agent answers."""
@@ -281,15 +286,15 @@ class _Stream:
             )
         )
 
-    def close_run(self, ends: Mapping[int, int]) -> bool:
-        """Tells the agent that the producer is done; whether it has everything."""
+    def close_run(self, ends: Mapping[int, int]) -> bool | None:
+        """Tells the agent that the producer is done; whether it has everything, None without an answer."""
         import grpc
 
         request = self._pb.CloseRunRequest(producer_id=self._producer_id, ends=self._offsets(ends))
         try:
             return bool(self._stub.CloseRun(request, timeout=CALL_TIMEOUT_S).complete)
         except grpc.RpcError:
-            return True  # everything is acknowledged; the agent finds out from the free lock
+            return None
 
     def close(self) -> None:
         self._requests.put(None)

@@ -1,0 +1,79 @@
+"""The process that logs: `python -m tests.chaos.producer RUN RANK INCARNATION SEED NOTES STOP PER_SECOND`.
+
+Logs until it is killed or the file STOP exists; see records.py for what, and for its notes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.records import Metrics, Producer, as_float, record
+from tests.chaos.switches import SEGMENTS, Switches, follow_clock
+
+BURST = 20
+
+
+def main() -> None:
+    run_id, rank, incarnation, seed, notes, stop, per_second = sys.argv[1:]
+    switches = Switches.of_this_process()
+    follow_clock(switches)
+    break_segments(switches)
+    from trackagent import client
+
+    producer = Producer(run_id, int(rank), int(incarnation), int(seed))
+    noted = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    client.init(experiment="chaos", run_id=run_id, strict=True)
+    number = 0
+    while number % BURST or not os.path.exists(stop):
+        log(noted, producer, number)
+        number += 1
+        if number % BURST == 0:
+            time.sleep(BURST / float(per_second))
+    client.finish()
+
+
+def log(noted: int, producer: Producer, number: int) -> None:
+    """Logs the producer's record `number`, with notes."""
+    from trackagent import client
+
+    now = record(producer, number)
+    # Conversions first: between the notes there is the call alone.
+    values = (
+        {key: as_float(bits) for key, bits in now.bits.items()} if isinstance(now, Metrics) else {}
+    )
+    os.write(noted, b"b %d %d\n" % (number, time.monotonic_ns()))
+    try:
+        if isinstance(now, Metrics):
+            client.log(values, step=now.step, timestamp=now.time_s)
+        elif now.kind == "param":
+            client.log_params({now.key: now.text})
+        elif now.kind == "tag":
+            client.set_tags({now.key: now.text})
+        else:
+            client.event(now.text, level=now.level, step=now.step)
+    except client.TrackagentError:
+        os.write(noted, b"x %d %d\n" % (number, time.monotonic_ns()))
+    else:
+        os.write(noted, b"r %d %d\n" % (number, time.monotonic_ns()))
+
+
+def break_segments(switches: Switches) -> None:
+    """Lets the making of journal segments fail as the switch `segments` says."""
+    from trackagent.client import journal, run, segment
+
+    def create(path: Path, size: int, identity: bytes) -> segment.Segment:
+        if how := switches.get(SEGMENTS):
+            number = int(how)
+            raise OSError(number, os.strerror(number), str(path))
+        return segment.Segment(path, size, identity)
+
+    run.Journal = partial[Any](journal.Journal, create=create)
+
+
+if __name__ == "__main__":
+    main()
