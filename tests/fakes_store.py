@@ -217,6 +217,12 @@ class MemoryStore:
                 found[reason] = found.get(reason, 0) + sum(records)
         return found
 
+    def all_losses(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for (_, reason), records in self._state.losses.items():
+            found[reason] = found.get(reason, 0) + sum(records)
+        return found
+
     def gaps(self, run_id: str) -> list[RunGap]:
         self._known(run_id)
         found = []

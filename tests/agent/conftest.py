@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.agent.samples import producer
+from tests.agent.sinks import FakeSink
 from tests.fakes import Folders
+from trackagent.agent.deadletters import DeadLetters
+from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.spool import Spool
 
 
@@ -33,3 +38,28 @@ def open_spool(folders: Folders) -> Iterator[Callable[..., Spool]]:
 def spool(open_spool: Callable[..., Spool]) -> Spool:
     """An empty spool."""
     return open_spool()
+
+
+@pytest.fixture
+def start(spool: Spool, tmp_path: Path) -> Iterator[Callable[..., Pipeline]]:
+    """start(sink, **options): a running pipeline of this test's spool, stopped after the test."""
+    spool.open_producer(producer(), {}).result()
+    running: list[tuple[Pipeline, FakeSink]] = []
+
+    def started(
+        sink: FakeSink,
+        *,
+        source: Spool = spool,
+        interval_s: float = 0.0,
+        dead_letter_bytes: int = 1 << 30,
+    ) -> Pipeline:
+        letters = DeadLetters(tmp_path / "dead-letters", sink.name, max_bytes=dead_letter_bytes)
+        pipeline = Pipeline(source, sink, interval_s=interval_s, dead_letters=letters)
+        pipeline.start()
+        running.append((pipeline, sink))
+        return pipeline
+
+    yield started
+    for pipeline, sink in running:
+        sink.gate.set()
+        pipeline.stop(0)

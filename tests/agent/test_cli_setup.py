@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from trackagent.agent.cli import COMMANDS, main, version
 
+LETTERS = ("list", "show", "retry", "discard")
 JSON_COMMANDS = ("status", "runs", "show", "tail", "doctor", "config")
 
 
@@ -33,6 +34,12 @@ def test_the_help_of_every_command_has_examples(name: str) -> None:
     assert f"Examples:\n    trackagent {name}" in invoke(name, "--help").stdout
 
 
+@pytest.mark.parametrize("name", LETTERS)
+def test_the_help_of_every_command_about_dead_letters_has_examples(name: str) -> None:
+    text = invoke("dead-letters", name, "--help").stdout
+    assert f"Examples:\n    trackagent dead-letters {name}" in text
+
+
 @pytest.mark.parametrize("name", JSON_COMMANDS)
 def test_the_help_of_every_command_with_json_states_its_keys(name: str) -> None:
     text = invoke(name, "--help").stdout
@@ -41,7 +48,8 @@ def test_the_help_of_every_command_with_json_states_its_keys(name: str) -> None:
 
 
 def test_the_help_fits_in_80_columns() -> None:
-    texts = [invoke(*name, "--help").stdout for name in ([], *([name] for name in COMMANDS))]
+    every = [[], *([name] for name in COMMANDS), *(["dead-letters", name] for name in LETTERS)]
+    texts = [invoke(*name, "--help").stdout for name in every]
     assert [line for text in texts for line in text.splitlines() if len(line) > 80] == []
 
 

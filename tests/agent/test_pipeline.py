@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from tests.agent.samples import Connections, losses, metrics, producer, said
+from tests.agent.samples import Connections, losses, metrics, producer
+from tests.agent.sinks import FakeSink
 from tests.fakes import DEADLINE_S, wait_until
 from trackagent.agent import pipeline as pipeline_module
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.spool import Spool
-from trackagent.agent.store.contract import Batch, Rejected
-from trackagent.client.record import Kind
 
 ID = producer().producer_id
-DATA = losses(range(2))
-
-
-class FakeSink:
-    """Accepts, after it has raised what stands in `problems`; waits in `deliver` while `gate` is closed."""
-
-    def __init__(self, name: str = "fake", *problems: Exception) -> None:
-        self.name = name
-        self.problems = list(problems)
-        self.tried: list[Batch] = []
-        self.accepted: list[Batch] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.idle_calls = 0
-        self.idle_work = 0
-        self.idle_problem: Exception | None = None
-        self.closed = False
-
-    def deliver(self, batch: Batch) -> None:
-        self.tried.append(batch)
-        assert self.gate.wait(DEADLINE_S)
-        if self.problems:
-            raise self.problems.pop(0)
-        self.accepted.append(batch)
-
-    def idle(self, deadline_s: float) -> bool:
-        self.idle_calls += 1
-        if self.idle_problem is not None:
-            raise self.idle_problem
-        self.idle_work -= 1
-        return self.idle_work > 0
-
-    def close(self) -> None:
-        self.closed = True
-
-    @property
-    def steps(self) -> list[int]:
-        """Of all that was accepted, in order."""
-        return [
-            int(step) for batch in self.accepted for part in batch.points for step in part.steps
-        ]
 
 
 Start = Callable[..., Pipeline]
-
-
-@pytest.fixture
-def start(spool: Spool, tmp_path: Path) -> Iterator[Start]:
-    """start(sink): a running pipeline of this test's spool, stopped after the test."""
-    spool.open_producer(producer(), {}).result()
-    running: list[tuple[Pipeline, FakeSink]] = []
-
-    def started(sink: FakeSink, *, source: Spool = spool, interval_s: float = 0.0) -> Pipeline:
-        pipeline = Pipeline(
-            source, sink, interval_s=interval_s, dead_letters=tmp_path / "dead-letters"
-        )
-        pipeline.start()
-        running.append((pipeline, sink))
-        return pipeline
-
-    yield started
-    for pipeline, sink in running:
-        sink.gate.set()
-        pipeline.stop(0)
 
 
 def append(spool: Spool, *steps: int) -> None:
@@ -94,10 +30,6 @@ def append(spool: Spool, *steps: int) -> None:
 def left(spool: Spool) -> int:
     """Batches that wait in the spool."""
     return int(spool.statistics().result()["batches"])
-
-
-def rejected(spool: Spool) -> int:
-    return int(spool.statistics().result()["sinks"][0]["rejected"])
 
 
 # --- accepted
@@ -241,126 +173,6 @@ def test_a_fault_of_the_spool_does_not_end_the_pipeline(
     connections.last.failing = None
     wait_until(lambda: left(spool) == 0)
     assert {batch.id for batch in sink.accepted} == {sink.accepted[0].id}
-
-
-# --- rejected
-
-
-def dead_letters(folder: Path) -> list[Path]:
-    return sorted((folder / "dead-letters" / "fake").iterdir())
-
-
-def test_a_rejected_delivery_does_not_hold_up_the_next(spool: Spool, start: Start) -> None:
-    sink = FakeSink("fake", Rejected("too odd"))
-    start(sink)
-    append(spool, 1)
-    wait_until(lambda: left(spool) == 0)
-    append(spool, 2)
-    wait_until(lambda: sink.steps == [2])
-
-
-def test_a_rejected_delivery_is_tried_once(spool: Spool, start: Start) -> None:
-    sink = FakeSink("fake", Rejected("too odd"))
-    start(sink)
-    append(spool, 1)
-    wait_until(lambda: left(spool) == 0)
-    assert len(sink.tried) == 1
-
-
-def test_a_rejected_delivery_is_counted(spool: Spool, start: Start) -> None:
-    start(FakeSink("fake", Rejected("too odd")))
-    append(spool, 1)
-    wait_until(lambda: left(spool) == 0)
-    assert rejected(spool) == 1
-
-
-def test_an_accepted_delivery_is_not_counted_as_rejected(spool: Spool, start: Start) -> None:
-    start(FakeSink())
-    append(spool, 1)
-    wait_until(lambda: left(spool) == 0)
-    assert rejected(spool) == 0
-
-
-def test_the_journal_bytes_of_a_rejected_delivery_are_kept(
-    spool: Spool, start: Start, tmp_path: Path
-) -> None:
-    spool.append(ID, 0, 0, DATA).result()
-    start(FakeSink("fake", Rejected("too odd")))
-    wait_until(lambda: left(spool) == 0)
-    (folder,) = dead_letters(tmp_path)
-    assert (folder / "1.records").read_bytes() == DATA
-
-
-def test_the_reason_and_the_producers_of_a_rejected_delivery_are_kept(
-    spool: Spool, start: Start, tmp_path: Path
-) -> None:
-    spool.append(ID, 0, 0, DATA).result()
-    start(FakeSink("fake", Rejected("too odd")))
-    wait_until(lambda: left(spool) == 0)
-    (folder,) = dead_letters(tmp_path)
-    about = json.loads((folder / "about.json").read_text())
-    assert about == {
-        "reason": "too odd",
-        "batches": [
-            {
-                "number": 1,
-                "lane": 0,
-                "first_offset": 0,
-                "producer": {
-                    "producer_id": "00" * 16,
-                    "run_id": producer().run_id,
-                    "attempt": 1,
-                    "rank": 0,
-                    "local_rank": 0,
-                    "world_size": 64,
-                    "node": "host-a",
-                    "pid": 4711,
-                    "start_time_ns": producer().start_time_ns,
-                    "experiment": "gpt",
-                    "run_name": "",
-                    "forked": False,
-                },
-            }
-        ],
-    }
-
-
-def test_the_folder_of_a_rejected_delivery_is_named_by_its_id(
-    spool: Spool, start: Start, tmp_path: Path
-) -> None:
-    append(spool, 1)
-    append(spool, 2)
-    start(FakeSink("fake", Rejected("too odd")))
-    wait_until(lambda: left(spool) == 0)
-    assert [path.name for path in dead_letters(tmp_path)] == [f"{spool.origin}-1-2"]
-
-
-def test_a_rejected_delivery_that_cannot_be_set_aside_is_kept(
-    spool: Spool, start: Start, tmp_path: Path
-) -> None:
-    (tmp_path / "dead-letters").write_text("in the way")
-    sink = FakeSink("fake", *[Rejected("too odd")] * 100)
-    pipeline = start(sink)
-    append(spool, 1)
-    wait_until(lambda: pipeline.state == "retrying")
-    assert left(spool) == 1
-    (tmp_path / "dead-letters").unlink()
-    wait_until(lambda: left(spool) == 0)
-    assert rejected(spool) == 1
-
-
-# --- losses
-
-
-def test_losses_that_producers_tell_are_added_up_by_reason(spool: Spool, start: Start) -> None:
-    spool.open_producer(producer(1), {}).result()
-    pipeline = start(FakeSink())
-    for rank, counts in ((0, {"full": 2}), (0, {"full": 3, "odd": 1}), (1, {"full": 4})):
-        who = producer(rank).producer_id
-        at = spool.committed(who).result().get(0, 0)
-        spool.append(who, 0, at, said(Kind.LOSS, counts)).result()
-    wait_until(lambda: left(spool) == 0)
-    wait_until(lambda: pipeline.lost() == {"full": 7, "odd": 1})
 
 
 # --- several sinks

@@ -110,7 +110,7 @@ def serve(folders: Folders, open_spool: Callable[..., Spool]) -> Iterator[Serve]
         loop = asyncio.new_event_loop()
         stop = asyncio.Event()
 
-        def describe(response: agent_pb2.StatusResponse) -> None:
+        async def describe(response: agent_pb2.StatusResponse) -> None:
             response.pid = 4712
 
         async def run() -> None:

@@ -29,6 +29,7 @@ from trackagent.client.errors import ConfigError as ClientConfigError
 LOG_LEVELS = ("debug", "info", "warning", "error")
 STORE_NAME = "store.db"
 LOCK_NAME = "agent.lock"
+DEAD_LETTERS_NAME = "dead-letters"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,13 @@ class AgentConfig:
 
     spool_bytes: int = 4 * 1024 * 1024 * 1024
     """Journal bytes kept for sinks that are behind; beyond it the ranks are asked to keep theirs."""
+
+    dead_letter_bytes: int = 1024 * 1024 * 1024
+    """Batches kept aside that a sink has rejected; beyond it a rejected batch stays in the spool, and what
+    is behind it waits."""
+
+    uncommitted_bytes: int = 64 * 1024 * 1024
+    """Received bytes in memory that await their commit; beyond it nothing more is read from the ranks."""
 
     max_batch_bytes: int = 2 * 1024 * 1024
     """Largest piece of a journal that a rank may send at once."""
@@ -75,6 +83,8 @@ class AgentConfig:
             )
         for name, low, high in (
             ("spool_bytes", 16 * 1024 * 1024, 1 << 50),
+            ("dead_letter_bytes", 1024 * 1024, 1 << 50),
+            ("uncommitted_bytes", 1024 * 1024, 1 << 40),
             ("max_batch_bytes", 1024 * 1024, 64 * 1024 * 1024),
             ("max_streams", 1, 65_536),
             ("deliver_interval_s", 0.001, 3_600),
@@ -83,6 +93,11 @@ class AgentConfig:
             # Written so that NaN is refused too.
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} is {getattr(self, name)}: give {low} to {high}")
+        if self.uncommitted_bytes < self.max_batch_bytes:
+            raise ConfigError(
+                f"uncommitted_bytes is {self.uncommitted_bytes}: give at least max_batch_bytes, "
+                f"{self.max_batch_bytes}"
+            )
         if self.spool_bytes < 4 * self.max_batch_bytes:
             raise ConfigError(
                 f"spool_bytes is {self.spool_bytes}: give at least 4 times max_batch_bytes, "
@@ -102,6 +117,11 @@ class AgentConfig:
     def store_path(self) -> Path:
         """The embedded store."""
         return self.state_directory / STORE_NAME
+
+    @property
+    def dead_letters_path(self) -> Path:
+        """The folder of what sinks have rejected."""
+        return self.state_directory / DEAD_LETTERS_NAME
 
     @property
     def lock_path(self) -> Path:

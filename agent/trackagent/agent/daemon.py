@@ -19,6 +19,7 @@ from pathlib import Path
 import trackagent.agent.store as store
 from trackagent.agent import server
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.pipeline import Pipeline
@@ -67,21 +68,39 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         spool,
         StoreSink(writer),
         interval_s=config.deliver_interval_s,
-        dead_letters=config.state_directory / "dead-letters",
+        dead_letters=DeadLetters(
+            config.dead_letters_path, StoreSink.name, max_bytes=config.dead_letter_bytes
+        ),
     )
     orphans = Orphans(
         spool, config.directory, config.state_directory, config.state_directory / "quarantine"
     )
 
-    def describe(response: agent_pb2.StatusResponse) -> None:
+    lost_before: dict[str, int] | None = None
+    with contextlib.suppress(store.StoreError):
+        lost_before = await asyncio.to_thread(_lost, config)
+
+    async def describe(response: agent_pb2.StatusResponse) -> None:
+        nonlocal lost_before
         response.pid = os.getpid()
         response.start_time_ns = started_ns
         response.directory = str(config.directory)
         response.state_directory = str(config.state_directory)
-        response.lost_records.update(pipeline.lost())
+        response.spool.max_bytes = config.spool_bytes
+        # In threads: the store may be locked, and nothing here may hold the ranks up.
+        try:
+            lost = await asyncio.to_thread(_lost, config)
+        except store.StoreError as error:
+            response.lost_unknown = str(error)
+        else:
+            response.lost_records.update(lost)
+            lost_before = lost if lost_before is None else lost_before
+            response.lost_since_start = sum(lost.values()) - sum(lost_before.values())
         for sink in response.sinks:
             if sink.name == pipeline.sink_name:
                 sink.state, sink.error = pipeline.state, pipeline.error
+                letters = await asyncio.to_thread(pipeline.dead_letters)
+                sink.dead_letters, sink.dead_letter_bytes = letters
 
     servicer = server.Servicer(spool, config, version, describe)
     stop = asyncio.Event()
@@ -116,6 +135,12 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         logger.warning("%d batches stay in the spool: the next agent here delivers them", left)
     else:
         logger.info("stopped; everything received is stored")
+
+
+def _lost(config: AgentConfig) -> dict[str, int]:
+    """By reason, what is lost in the runs of the store; StoreError when it does not answer soon."""
+    with contextlib.closing(store.open_reader(config.store_path, timeout_s=1.0)) as reader:
+        return reader.all_losses()
 
 
 def _open_to_group(config: AgentConfig) -> None:

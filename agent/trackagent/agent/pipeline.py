@@ -1,28 +1,30 @@
 """The pipeline: from the spool to a sink, one thread for each, so that a slow sink holds no other up.
 
-A delivery ends in one of three ways. Accepted: the spool's cursor moves on. Rejected for good: its
-journal bytes are set aside under `dead-letters/` with the reason, and the cursor moves on. Kept: it
-is tried again, with the same id, after a back-off. So is what fails on this side, in the spool or in
-setting aside.
+A delivery ends in one of three ways. Accepted: the spool's cursor moves on. Rejected for good: it is halved
+until the batches that the sink cannot take stand alone; these become dead letters (deadletters.py), an event
+in their run says so, and everything else flows on. Kept: it is tried again, with the same id, after a
+back-off. So is what fails on this side, in the spool or in setting aside; and when dead letters are at their
+cap, the rejected batch itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 from typing import TypeVar
 
+from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import decode
 from trackagent.agent.sinks.contract import Sink
-from trackagent.agent.spool import Delivery, Spool
-from trackagent.agent.store.contract import Rejected
+from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch
+from trackagent.agent.store.contract import EventData, Rejected
+from trackagent.client import record
+from trackagent.client.record import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 30.0
 MAX_BACKOFF_STOPPING_S = 1.0
 IDLE_WORK_S = 0.1
+# How often dead letters that people want delivered again are looked for.
+RETRY_INTERVAL_S = 0.5
+# After a rejection deliveries are small; they double until they have this many batches.
+MANY_BATCHES = 4096
 
 
 class _TimeIsUp(Exception):
@@ -40,17 +46,22 @@ class _TimeIsUp(Exception):
 
 
 class Pipeline(threading.Thread):
-    """Feeds one sink. `interval_s`: how long records may wait so that more of them go together."""
+    """Feeds one sink. `interval_s`: how long records may wait so that more of them go together.
+    `dead_letters`: the sink's."""
 
-    def __init__(self, spool: Spool, sink: Sink, *, interval_s: float, dead_letters: Path) -> None:
+    def __init__(
+        self, spool: Spool, sink: Sink, *, interval_s: float, dead_letters: DeadLetters
+    ) -> None:
         super().__init__(name=f"pipeline-{sink.name}", daemon=True)
         self.state = "idle"
         self.error = ""
         self._spool = spool
         self._sink = sink
         self._interval_s = interval_s
-        self._dead_letters = dead_letters / sink.name
-        self._lost: dict[tuple[bytes, str], int] = {}
+        self._letters = dead_letters
+        # Batches of a delivery at most, None: any number.
+        self._most: int | None = None
+        self._retry_at = 0.0
         self._deadline: float | None = None
         self._stopping = threading.Event()
         spool.add_sink(sink.name).result()
@@ -60,12 +71,9 @@ class Pipeline(threading.Thread):
         """The name under which the spool keeps this sink's cursor."""
         return self._sink.name
 
-    def lost(self) -> dict[str, int]:
-        """Losses that producers reported since this agent started, by reason."""
-        lost: dict[str, int] = {}
-        for (_, reason), records in list(self._lost.items()):
-            lost[reason] = lost.get(reason, 0) + records
-        return lost
+    def dead_letters(self) -> tuple[int, int]:
+        """How many this sink has, and what they take on the disk."""
+        return self._letters.count()
 
     def stop(self, timeout_s: float) -> None:
         """Delivers what is spooled, for at most about `timeout_s`, and closes the sink; the rest
@@ -87,13 +95,15 @@ class Pipeline(threading.Thread):
         idle_work = True
         while True:
             began = time.monotonic()
+            self._retry_letters()
             delivery = self._until_done(self._next)
             if delivery is not None:
                 self._deliver(delivery)
                 idle_work = True
-                # A full delivery means that there is more: go on at once. Else the time in which records
-                # gather is the sink's own.
-                if sum(len(batch.journal_bytes) for batch in delivery.batches) < DELIVERY_BYTES:
+                # A full delivery, or one kept small, means that there is more: go on at once. Else the time
+                # in which records gather is the sink's own.
+                size = sum(len(batch.journal_bytes) for batch in delivery.batches)
+                if size < DELIVERY_BYTES and self._most is None:
                     idle_work = self._idle()
                     self._stopping.wait(max(0.0, began + self._interval_s - time.monotonic()))
             elif self._stopping.is_set():
@@ -104,7 +114,7 @@ class Pipeline(threading.Thread):
                 seen = self._spool.wait(seen, 0.5)
 
     def _next(self) -> Delivery | None:
-        return self._spool.next_delivery(self._sink.name, DELIVERY_BYTES).result()
+        return self._spool.next_delivery(self._sink.name, DELIVERY_BYTES, self._most).result()
 
     def _idle(self) -> bool:
         try:
@@ -114,24 +124,97 @@ class Pipeline(threading.Thread):
             return False
 
     def _deliver(self, delivery: Delivery) -> None:
-        """Until the delivery is accepted or rejected."""
+        """Until the delivery is accepted, halved or set aside."""
 
         def attempt() -> None:
+            self._retry_letters()
             self.state = "delivering"
-            rejected = False
-            batch = decode(delivery, self._spool.keys)
             try:
-                self._sink.deliver(batch)
+                self._sink.deliver(decode(delivery, self._spool.keys))
             except Rejected as error:
-                self._set_aside(delivery, str(error))
-                rejected = True
-            self._spool.delivered(self._sink.name, delivery.id.last, rejected=rejected).result()
-            for loss in batch.losses:
-                known = self._lost.get((loss.producer_id, loss.reason), 0)
-                records = known + loss.records if loss.more else max(known, loss.records)
-                self._lost[loss.producer_id, loss.reason] = records
+                if len(delivery.batches) > 1:
+                    self._halve(delivery)
+                else:
+                    self._set_aside(delivery, str(error))
+            else:
+                self._spool.delivered(self._sink.name, delivery.id.last).result()
+                if self._most is not None:
+                    self._most = 2 * self._most if self._most < MANY_BATCHES else None
 
         self._until_done(attempt)
+
+    def _halve(self, delivery: Delivery) -> None:
+        """Of a delivery that the sink has rejected it has kept nothing: so its range may become another. That
+        is written down before it is delivered, like every range."""
+        self._most = len(delivery.batches) // 2
+        last = delivery.batches[self._most - 1].number
+        self._spool.shorten(self._sink.name, last).result()
+
+    def _set_aside(self, delivery: Delivery, reason: str) -> None:
+        """The one batch of the delivery becomes a dead letter, and its run is told."""
+        (batch,) = delivery.batches
+        self._most = 1
+        letter = self._letters.keep(delivery.id.origin, batch, reason, self._schemas_of(batch))
+        # What the agent itself says about a rejection may be rejected too; that is not told again.
+        words = [] if batch.lane == AGENT_LANE else [(batch.producer.producer_id, _told(letter))]
+        self._spool.delivered(
+            self._sink.name, delivery.id.last, rejected=True, words=words
+        ).result()
+        logger.error(
+            "sink %s rejects batch %d for good: %s; it is kept as dead letter %s (see `trackagent "
+            "dead-letters show %s`)",
+            self._sink.name,
+            batch.number,
+            reason,
+            letter.id,
+            letter.id,
+        )
+
+    def _schemas_of(self, batch: SpooledBatch) -> dict[int, tuple[str, ...]]:
+        """The keys of the schemas that the batch's metric records use."""
+        data = batch.journal_bytes
+        offsets = record.scan(data).offsets
+        used = {
+            int.from_bytes(data[offset + 10 : offset + 12], "little")
+            for offset in offsets
+            if data[offset + 8] == Kind.METRICS
+        }
+        keys = {number: self._spool.keys(batch.producer_number, number) for number in sorted(used)}
+        return {number: found for number, found in keys.items() if found is not None}
+
+    # --- dead letters that people want delivered again
+
+    def _retry_letters(self) -> None:
+        """Delivers those that are marked, under the id they had, once each."""
+        if time.monotonic() < self._retry_at:
+            return
+        self._retry_at = time.monotonic() + RETRY_INTERVAL_S
+        try:
+            for letter in self._letters.marked():
+                self._deliver_again(letter)
+        except Exception as error:  # noqa: BLE001 - the letter stays marked, whatever it was
+            logger.warning(
+                "sink %s: a dead letter cannot be delivered again: %s; trying again",
+                self._sink.name,
+                error,
+            )
+            self._retry_at = time.monotonic() + MAX_BACKOFF_S
+
+    def _deliver_again(self, letter: DeadLetter) -> None:
+        batch = decode(letter.delivery(), letter.keys)
+        message = f"dead letter {letter.id} was delivered to sink {self._sink.name} after all"
+        told = EventData(letter.producer.producer_id, time.time_ns(), "info", message)
+        try:
+            # With its content, so that it is told once.
+            self._sink.deliver(replace(batch, events=[*batch.events, told]))
+        except Rejected as error:
+            self._letters.rejected_again(letter, str(error))
+            logger.error(
+                "sink %s rejects dead letter %s again: %s", self._sink.name, letter.id, error
+            )
+        else:
+            self._letters.remove(letter)
+            logger.info("dead letter %s is delivered", letter.id)
 
     def _until_done(self, operation: Callable[[], T]) -> T:
         """What `operation` returns; as long as it raises, it is tried again, until the time is up."""
@@ -157,33 +240,14 @@ class Pipeline(threading.Thread):
             left = self._deadline - time.monotonic()
             time.sleep(max(0.0, min(seconds, left, MAX_BACKOFF_STOPPING_S)))
 
-    def _set_aside(self, delivery: Delivery, reason: str) -> None:
-        """Writes the delivery into a folder of its own: one file of journal bytes a batch, and why."""
-        folder = self._dead_letters / f"{delivery.id.origin}-{delivery.id.first}-{delivery.id.last}"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for batch in delivery.batches:
-            (folder / f"{batch.number}.records").write_bytes(batch.journal_bytes)
-        about = {
-            "reason": reason,
-            "batches": [
-                {
-                    "number": batch.number,
-                    "lane": batch.lane,
-                    "first_offset": batch.first_offset,
-                    "producer": {
-                        **asdict(batch.producer),
-                        "producer_id": batch.producer.producer_id.hex(),
-                    },
-                }
-                for batch in delivery.batches
-            ],
-        }
-        (folder / "about.json").write_text(json.dumps(about, indent=2))
-        logger.error(
-            "sink %s rejects batches %d to %d for good: %s; they are kept in %s",
-            self._sink.name,
-            delivery.id.first,
-            delivery.id.last,
-            reason,
-            folder,
-        )
+
+def _told(letter: DeadLetter) -> bytes:
+    """The event about a letter."""
+    data = {
+        "level": "error",
+        "message": f"sink {letter.sink} rejects {letter.records} records for good: {letter.reason}; they are "
+        f"kept as dead letter {letter.id}",
+        "dead_letter": letter.id,
+        "bytes": letter.size,
+    }
+    return record.encode_json(Kind.EVENT, data, step=record.NO_STEP, time_ns=letter.time_ns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION = 1
 SERVICE = "trackagent.v1.Agent"
-# Batches of one stream that may await their commit; then the stream is not read, and gRPC holds the
-# Batches of one stream, and bytes of all of them, that may await their commit; then nothing more is read, and
-# gRPC holds the ranks back.
+# Batches of one stream that may await their commit; then nothing more is read of it, and gRPC holds the
+# rank back.
 MAX_UNCOMMITTED = 32
-MAX_UNCOMMITTED_BYTES = 64 * 1024 * 1024
 # Producers that one stream may speak for (a rank: one; an agent that forwards: its ranks).
 MAX_PRODUCERS = 1024
 # The offsets of all of a producer's lanes together fit 64 bits.
@@ -57,7 +55,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         spool: Spool,
         config: AgentConfig,
         version: str,
-        describe: Callable[[agent_pb2.StatusResponse], None],
+        describe: Callable[[agent_pb2.StatusResponse], Awaitable[None]],
     ) -> None:
         self._spool = spool
         self._config = config
@@ -145,7 +143,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         if request.producer_id not in producer_ids and len(producer_ids) < MAX_PRODUCERS:
             producer_ids.add(request.producer_id)
             self._connected[request.producer_id] += 1
-        while self._uncommitted_bytes and self._uncommitted_bytes + size > MAX_UNCOMMITTED_BYTES:
+        most = self._config.uncommitted_bytes
+        while self._uncommitted_bytes and self._uncommitted_bytes + size > most:
             self._room.clear()
             await self._room.wait()
         self._uncommitted_bytes += size
@@ -191,7 +190,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 committed_bytes=producer["committed_bytes"],
                 state="connected" if self._connected[info.producer_id] else "disconnected",
             )
-        self._describe(response)
+        await self._describe(response)
         return response
 
 

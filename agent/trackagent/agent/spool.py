@@ -315,9 +315,11 @@ class Spool:
 
         return self._commits.submit(job)
 
-    def next_delivery(self, sink: str, max_bytes: int) -> Future[Delivery | None]:
-        """The next range for a sink, about `max_bytes` long, None when it has everything. The same
-        range until `delivered` is called, also after a crash."""
+    def next_delivery(
+        self, sink: str, max_bytes: int, max_batches: int | None = None
+    ) -> Future[Delivery | None]:
+        """The next range for a sink, about `max_bytes` long and of at most `max_batches`, None when it has
+        everything. The same range until `delivered` or `shorten` is called, also after a crash."""
 
         def job() -> Delivery | None:
             execute = self._writer.execute
@@ -331,7 +333,8 @@ class Spool:
                 "WHERE number > ? ORDER BY number",
                 (cursor,),
             ):
-                if row[0] > planned if planned is not None else size >= max_bytes:
+                full = size >= max_bytes or len(rows) == max_batches
+                if row[0] > planned if planned is not None else full:
                     break
                 rows.append(row)
                 size += len(row[4])
@@ -348,15 +351,38 @@ class Spool:
 
         return self._commits.submit(job)
 
-    def delivered(self, sink: str, last: int, *, rejected: bool = False) -> Future[None]:
-        """The sink is done with its range up to batch `last`; what all sinks are done with is deleted."""
+    def shorten(self, sink: str, last: int) -> Future[None]:
+        """The sink's range ends at batch `last` instead, and is another one. Only where the sink has rejected
+        the range: then it has nothing of it."""
+
+        def job() -> None:
+            self._writer.execute("UPDATE sinks SET planned = ? WHERE name = ?", (last, sink))
+
+        return self._commits.submit(job)
+
+    def delivered(
+        self,
+        sink: str,
+        last: int,
+        *,
+        rejected: bool = False,
+        words: Sequence[tuple[bytes, bytes]] = (),
+    ) -> Future[None]:
+        """The sink is done with its range up to batch `last`; what all sinks are done with is deleted. words:
+        records of the agent's own about producers, by their id, that go with it. Idempotent."""
 
         def job() -> None:
             execute = self._writer.execute
-            execute(
-                "UPDATE sinks SET cursor = ?, planned = NULL, rejected = rejected + ? WHERE name = ?",
-                (last, rejected, sink),
-            )
+            moved = execute(
+                "UPDATE sinks SET cursor = ?, planned = NULL, rejected = rejected + ? "
+                "WHERE name = ? AND cursor < ?",
+                (last, rejected, sink, last),
+            ).rowcount
+            if not moved:
+                return  # said before
+            for producer_id, encoded in words:
+                # A full spool must not keep a batch from leaving it.
+                self._append(producer_id, AGENT_LANE, None, encoded, [], capped=False)
             held = self._held()
             done = execute("SELECT MIN(cursor) FROM sinks").fetchone()[0]
             freed = execute(
@@ -448,6 +474,8 @@ class Spool:
         first_offset: int | None,
         journal_bytes: bytes,
         schemas: Sequence[tuple[int, str]],
+        *,
+        capped: bool = True,
     ) -> tuple[int, int]:
         """Keeps what is new of a range; returns where the lane ends then, and how many bytes were new.
         `first_offset` None: the range follows what is committed.
@@ -471,7 +499,7 @@ class Spool:
             return committed, 0
         fresh = journal_bytes[committed - first_offset :]
         held = self._held()
-        if held + len(fresh) > self._max_bytes:
+        if capped and held + len(fresh) > self._max_bytes:
             raise SpoolFull(
                 f"the spool holds {held} bytes, its limit is {self._max_bytes}: a sink is behind"
             )

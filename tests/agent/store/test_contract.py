@@ -481,6 +481,13 @@ def test_more_of_a_loss_comes_on_top_of_the_largest_count(
     assert (reader.losses(RUN), summary(reader).lost_records) == ({"full": 13}, 13)
 
 
+def test_losses_are_summed_over_runs(writer: Writer, reader: Reader) -> None:
+    elsewhere = producer(0, run=OTHER_RUN)
+    said = [loss(R0, "full", 1), loss(elsewhere, "full", 2, more=True), loss(R1, "closed", 4)]
+    writer.write(batch(1, R0, R1, elsewhere, losses=said))
+    assert reader.all_losses() == {"full": 3, "closed": 4}
+
+
 def test_a_gap_says_where_records_are_missing(writer: Writer, reader: Reader) -> None:
     writer.write(batch(1, AGAIN, gaps=[gap(AGAIN, 3, 9, records=7)]))
     assert reader.gaps(RUN) == [RunGap("rank 0", 2, "full", 3, 9, 7, 107, 7)]

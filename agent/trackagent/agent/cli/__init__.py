@@ -30,6 +30,7 @@ COMMANDS = {
     "show": "show",
     "tail": "points",
     "export": "points",
+    "dead-letters": "deadletters",
     "doctor": "setup",
     "config": "setup",
 }
@@ -45,7 +46,7 @@ class Program(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"{__name__}.{COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:

@@ -29,6 +29,8 @@ from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from trackagent.protos.v1.agent_pb2 import StatusResponse
 
 STOP_GRACE_S = 10.0
@@ -75,8 +77,11 @@ def status_command(config: AgentConfig, as_json: bool, timeout_s: float) -> int:
 
     \b
     JSON keys: agent_version, pid, start_time_ns, directory, state_directory,
-      spool {batches, bytes, received_bytes}, lost_records {reason: records},
-      sinks [{name, state, batches_behind, rejected, error}],
+      spool {batches, bytes, received_bytes, max_bytes},
+      lost_records {reason: records}, in all runs of the store, and
+      lost_since_start, or lost_unknown: why the store does not say,
+      sinks [{name, state, batches_behind, rejected, error, dead_letters,
+      dead_letter_bytes}],
       producers [{run_id, attempt, rank, node, pid, experiment, run_name,
       forked, state, committed_bytes}]
     """
@@ -99,8 +104,11 @@ def _status_json(answer: StatusResponse) -> dict[str, Any]:
             "batches": answer.spool.batches,
             "bytes": answer.spool.bytes,
             "received_bytes": answer.spool.received_bytes,
+            "max_bytes": answer.spool.max_bytes,
         },
         "lost_records": dict(answer.lost_records),
+        "lost_since_start": answer.lost_since_start,
+        "lost_unknown": answer.lost_unknown,
         "sinks": [
             {
                 "name": sink.name,
@@ -108,6 +116,8 @@ def _status_json(answer: StatusResponse) -> dict[str, Any]:
                 "batches_behind": sink.batches_behind,
                 "rejected": sink.rejected,
                 "error": sink.error,
+                "dead_letters": sink.dead_letters,
+                "dead_letter_bytes": sink.dead_letter_bytes,
             }
             for sink in answer.sinks
         ],
@@ -142,23 +152,20 @@ def _print_status(answer: StatusResponse) -> None:
     spool = answer.spool
     facts.add_row(
         "spool",
-        f"{spool.batches} batches, {byte_count(spool.bytes)} waiting; "
-        f"{byte_count(spool.received_bytes)} received",
+        f"{counted(spool.batches, 'batch', 'batches')}, {byte_count(spool.bytes)} of "
+        f"{byte_count(spool.max_bytes)} waiting; {byte_count(spool.received_bytes)} received",
     )
-    losses = ", ".join(f"{visible(why)} {n}" for why, n in sorted(answer.lost_records.items()))
-    lost = sum(answer.lost_records.values())
-    facts.add_row(
-        "lost", safe(counted(lost, "record") + (f": {losses}" if losses else ""), _alarm(lost))
-    )
+    facts.add_row("lost", _lost(answer))
     print_table(out, facts)
     out.print()
-    sinks = table("sink", "state", ">batches behind", ">rejected", "last error")
+    sinks = table("sink", "state", ">batches behind", ">rejected", ">dead letters", "last error")
     for sink in answer.sinks:
         sinks.add_row(
             safe(sink.name),
             safe(sink.state, "" if sink.state in ("idle", "delivering") else "red"),
             str(sink.batches_behind),
             safe(str(sink.rejected), _alarm(sink.rejected)),
+            safe(_kept(sink.dead_letters, sink.dead_letter_bytes), _alarm(sink.dead_letters)),
             safe(sink.error),
         )
     if answer.sinks:
@@ -182,6 +189,22 @@ def _print_status(answer: StatusResponse) -> None:
         print_table(out, producers)
     else:
         out.print("no ranks connected")
+
+
+def _lost(answer: StatusResponse) -> Text:
+    """What all runs of the store have lost, by reason."""
+    if answer.lost_unknown:
+        return safe(f"not known: {answer.lost_unknown}", "yellow")
+    lost = sum(answer.lost_records.values())
+    if not lost:
+        return safe("0 records")
+    reasons = ", ".join(f"{why} {n}" for why, n in sorted(answer.lost_records.items()))
+    new = answer.lost_since_start
+    return safe(f"{counted(lost, 'record')}: {reasons} ({new} since this start)", _alarm(lost))
+
+
+def _kept(letters: int, size: int) -> str:
+    return f"{letters} ({byte_count(size)})" if letters else "0"
 
 
 def _alarm(count: int) -> str:

@@ -23,6 +23,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Field of AgentConfig → options of `start`, `run` and `config` that set it.
 FLAGS: dict[str, Callable[[Command], Command]] = {
     "spool_bytes": click.option("--spool-bytes", metavar="BYTES", help="Cap of the spool."),
+    "dead_letter_bytes": click.option(
+        "--dead-letter-bytes", metavar="BYTES", help="Cap of what sinks have rejected."
+    ),
+    "uncommitted_bytes": click.option(
+        "--uncommitted-bytes", metavar="BYTES", help="Cap of what awaits its commit in memory."
+    ),
     "max_batch_bytes": click.option(
         "--max-batch-bytes", metavar="BYTES", help="Largest piece that a rank may send."
     ),

@@ -129,9 +129,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m {whole % 60}s" if whole >= 60 else f"{whole}s"
 
 
-def counted(count: int, what: str) -> str:
-    """1 record, 2 records."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def counted(count: int, what: str, many: str = "") -> str:
+    """1 record, 2 records; `many` where that is not `what` with an s."""
+    return f"{count} {what if count == 1 else many or what + 's'}"
 
 
 def spaced(count: int) -> str:

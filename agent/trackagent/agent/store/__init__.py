@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from trackagent.agent.store.contract import Reader, Writer
+from trackagent.agent.store.contract import Reader, StoreError, Writer
 
-__all__ = ["open_reader", "open_writer"]
+__all__ = ["StoreError", "open_reader", "open_writer"]
 
 
 def open_writer(path: Path) -> Writer:
@@ -19,11 +20,13 @@ def open_writer(path: Path) -> Writer:
     return SqliteWriter(path)
 
 
-def open_reader(path: Path) -> Reader:
+def open_reader(path: Path, *, timeout_s: float = 30.0) -> Reader:
     """The embedded store in the file `path` for reading, while an agent writes to it or without one.
 
-    Raises StoreError when nothing has been stored there yet.
+    timeout_s: how long to wait for a process that keeps all others out. Raises StoreError when nothing has
+    been stored there yet.
     """
+    from trackagent.agent.store import database
     from trackagent.agent.store.reader import SqliteReader
 
-    return SqliteReader(path)
+    return SqliteReader(path, opener=partial(database.connect, timeout_s=timeout_s))

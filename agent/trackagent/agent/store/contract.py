@@ -307,6 +307,10 @@ class Reader(Protocol):
 
     def losses(self, run_id: str) -> dict[str, int]: ...
 
+    def all_losses(self) -> dict[str, int]:
+        """Those of all runs together."""
+        ...
+
     def gaps(self, run_id: str) -> list[RunGap]:
         """In the order of their first times."""
         ...

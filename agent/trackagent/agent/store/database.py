@@ -27,10 +27,10 @@ Opener = Callable[[str], sqlite3.Connection]
 """Opens a `file:` URI in autocommit, usable from any thread; tests give one that fails on purpose."""
 
 
-def connect(uri: str) -> sqlite3.Connection:
-    """The Opener used in earnest."""
+def connect(uri: str, *, timeout_s: float = BUSY_TIMEOUT_S) -> sqlite3.Connection:
+    """The Opener used in earnest. timeout_s: how long to wait for another process's lock."""
     return sqlite3.connect(
-        uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        uri, uri=True, timeout=timeout_s, isolation_level=None, check_same_thread=False
     )
 
 

@@ -120,6 +120,13 @@ class SqliteReader:
             )
             return dict(rows.fetchall())
 
+    def all_losses(self) -> dict[str, int]:
+        with self._connected("read losses") as connection:
+            rows = connection.execute(
+                "SELECT reason, sum(counted + more) FROM losses GROUP BY reason ORDER BY reason"
+            )
+            return dict(rows.fetchall())
+
     def gaps(self, run_id: str) -> list[RunGap]:
         with self._connected("read gaps") as connection:
             rows = connection.execute(

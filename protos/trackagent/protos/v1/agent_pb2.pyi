@@ -102,7 +102,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("agent_version", "pid", "start_time_ns", "directory", "state_directory", "spool", "sinks", "producers", "lost_records")
+    __slots__ = ("agent_version", "pid", "start_time_ns", "directory", "state_directory", "spool", "sinks", "producers", "lost_records", "lost_since_start", "lost_unknown")
     class LostRecordsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,8 @@ class StatusResponse(_message.Message):
     SINKS_FIELD_NUMBER: _ClassVar[int]
     PRODUCERS_FIELD_NUMBER: _ClassVar[int]
     LOST_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    LOST_SINCE_START_FIELD_NUMBER: _ClassVar[int]
+    LOST_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     agent_version: str
     pid: int
     start_time_ns: int
@@ -128,31 +130,39 @@ class StatusResponse(_message.Message):
     sinks: _containers.RepeatedCompositeFieldContainer[SinkStatus]
     producers: _containers.RepeatedCompositeFieldContainer[ProducerStatus]
     lost_records: _containers.ScalarMap[str, int]
-    def __init__(self, agent_version: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., directory: _Optional[str] = ..., state_directory: _Optional[str] = ..., spool: _Optional[_Union[SpoolStatus, _Mapping]] = ..., sinks: _Optional[_Iterable[_Union[SinkStatus, _Mapping]]] = ..., producers: _Optional[_Iterable[_Union[ProducerStatus, _Mapping]]] = ..., lost_records: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    lost_since_start: int
+    lost_unknown: str
+    def __init__(self, agent_version: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., directory: _Optional[str] = ..., state_directory: _Optional[str] = ..., spool: _Optional[_Union[SpoolStatus, _Mapping]] = ..., sinks: _Optional[_Iterable[_Union[SinkStatus, _Mapping]]] = ..., producers: _Optional[_Iterable[_Union[ProducerStatus, _Mapping]]] = ..., lost_records: _Optional[_Mapping[str, int]] = ..., lost_since_start: _Optional[int] = ..., lost_unknown: _Optional[str] = ...) -> None: ...
 
 class SpoolStatus(_message.Message):
-    __slots__ = ("batches", "bytes", "received_bytes")
+    __slots__ = ("batches", "bytes", "received_bytes", "max_bytes")
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
     batches: int
     bytes: int
     received_bytes: int
-    def __init__(self, batches: _Optional[int] = ..., bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    max_bytes: int
+    def __init__(self, batches: _Optional[int] = ..., bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
 
 class SinkStatus(_message.Message):
-    __slots__ = ("name", "state", "batches_behind", "rejected", "error")
+    __slots__ = ("name", "state", "batches_behind", "rejected", "error", "dead_letters", "dead_letter_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     BATCHES_BEHIND_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DEAD_LETTERS_FIELD_NUMBER: _ClassVar[int]
+    DEAD_LETTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     batches_behind: int
     rejected: int
     error: str
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., batches_behind: _Optional[int] = ..., rejected: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+    dead_letters: int
+    dead_letter_bytes: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., batches_behind: _Optional[int] = ..., rejected: _Optional[int] = ..., error: _Optional[str] = ..., dead_letters: _Optional[int] = ..., dead_letter_bytes: _Optional[int] = ...) -> None: ...
 
 class ProducerStatus(_message.Message):
     __slots__ = ("producer", "state", "committed_bytes")
