@@ -74,8 +74,9 @@ def export_command(
     JSON, nan, inf and -inf in CSV. time_ns: nanoseconds since 1970-01-01 UTC.
 
     \b
-    With --gaps: source, attempt, reason, first_step, last_step, first_time_ns,
-    last_time_ns, records. Without it, a line on stderr says whether there are any.
+    With --gaps: source, attempt, reason, first_step, last_step,
+    first_time_ns, last_time_ns, records. Without it, a line on stderr says
+    whether there are any.
 
     \b
     Examples:
@@ -237,7 +238,8 @@ def tail_command(
     \b
     JSON, one object a line: {time_ns, source, step, attempt, values {key: value}}
       for points, {time_ns, source, step, level, message, data} for events,
-      {time_ns, source, step, attempt, gap {reason, first_step, last_step, records}}
+      {time_ns, source, step, attempt, gap {reason, first_step, last_step,
+      records}} where records are missing
     """
     show = _entry_json if as_json else _entry_text
     with opened_store(config) as store:

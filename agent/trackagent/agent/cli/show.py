@@ -90,8 +90,9 @@ def show_command(
     JSON keys: those of `trackagent runs --json`, and params, tags,
       losses {reason: records}, events [{id, time_ns, level, source, step,
       message, data}], gaps [{source, attempt, reason, first_step, last_step,
-      first_time_ns, last_time_ns, records}], series [{key, source, points, first_step, last_step,
-      last_value}], damage [what of the points can no longer be read]
+      first_time_ns, last_time_ns, records}], series [{key, source, points,
+      first_step, last_step, last_value}], damage [what of the points can no
+      longer be read]
     """
     with opened_store(config) as store:
         summary = store.run(run)
