@@ -20,8 +20,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from trackagent.agent.cli import NothingThere, main
-from trackagent.agent.cli.asking import ask_status, holds, lock_holder
+from trackagent.agent.cli.asking import ask_status, lock_holder
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.processes import holds
 
 TIMEOUT_S = 20
 

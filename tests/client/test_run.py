@@ -529,7 +529,7 @@ def test_log_waits_for_no_log_handler(run: Run) -> None:
 def test_logging_without_a_run_is_warned_of_once(
     start: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "_hooks_installed", False)  # as in a process that never had one
+    monkeypatch.setattr(client, "_ever_begun", False)  # as in a process that never had one
     client.log({"loss": 1.0})
     client.log_params({"lr": 0.1})
     client.set_tags({"a": "b"})

@@ -119,32 +119,6 @@ def test_an_agent_that_hung_during_training_delivers_when_it_goes_on(
     assert stopped_agent.exported(run_id) == EVERY_POINT
 
 
-@pytest.mark.parametrize(
-    ("ending", "status", "error"),
-    [
-        ("raise ValueError('no such\\nlayer')", "failed", "ValueError: no such layer"),
-        ("import sys; sys.exit(7)", "failed", "SystemExit: 7"),
-        ("import sys; sys.exit()", "finished", ""),
-        ("import os; os._exit(9)", "killed", "the process ended without finish()"),
-    ],
-    ids=["exception", "code 7", "no code", "os._exit"],
-)
-def test_a_run_says_how_its_process_ended(
-    agent: AgentProcess, ending: str, status: str, error: str
-) -> None:
-    program = f"""
-from trackagent import client
-run = client.init(experiment="endings")
-client.log({{"loss": 1.0}}, step=0)
-print(run.id, flush=True)
-{ending}
-"""
-    done = run_script(agent.folders, program, expect=None)
-    run = agent.wait_for_status(done.stdout.strip(), status)
-    assert run.error == error
-    assert len(agent.exported(run.run_id)) == 1
-
-
 def test_the_exit_hook_leaves_the_exit_status_and_the_traceback_alone(folders: Folders) -> None:
     program = """
 from trackagent import client

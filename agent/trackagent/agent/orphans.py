@@ -3,7 +3,7 @@
 A journal whose lock is free belongs to nobody any more. It is read into the spool from where its
 sender had come to, the producer's end is noted (killed, unless it had said otherwise), and its
 folder is deleted. A journal whose owner lives is left alone, unless the owner is a forked process:
-that has no sender, so what it publishes is read as it comes.
+that has no sender, so what it publishes is read as it comes. That a rank died becomes an event of its run.
 
 Crash-safe: everything goes through the spool, which keeps each byte once; a folder is deleted only after.
 """
@@ -21,11 +21,11 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trackagent.agent import producers
+from trackagent.agent import deaths, producers
 from trackagent.agent.quarantine import set_aside
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import ProducerInfo
@@ -39,7 +39,10 @@ logger = logging.getLogger(__name__)
 SCAN_INTERVAL_S = 1.0
 TIDY_INTERVAL_S = 3600.0
 READ_BYTES = 1024 * 1024
+# How long a folder that nobody holds may be in the making; then its maker is dead.
+MAKING_S = 60.0
 _PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
+_IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,19 @@ class _Found:
 
 class Orphans(threading.Thread):
     """Watches the journals of `directory` and `state_directory`. `quarantine`: where unreadable
-    segments go."""
+    segments go. `proc`, `groups`: where the kernel tells of processes and control groups, and `clock`
+    (seconds, monotonic): seams for tests."""
 
     def __init__(
-        self, spool: Spool, directory: Path, state_directory: Path, quarantine: Path
+        self,
+        spool: Spool,
+        directory: Path,
+        state_directory: Path,
+        quarantine: Path,
+        *,
+        proc: Path = Path("/proc"),
+        groups: Path = Path("/sys/fs/cgroup"),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="orphans", daemon=True)
         self._spool = spool
@@ -68,6 +80,11 @@ class Orphans(threading.Thread):
         self._stopping = threading.Event()
         # Live journals by name: whether a forked process writes it. They need no second look at their header.
         self._live: dict[str, bool] = {}
+        # The memory groups of living ranks, by their journal's name.
+        self._memory: dict[str, deaths.MemoryGroup] = {}
+        # Folders in the making, and when each was first seen.
+        self._making: dict[Path, float] = {}
+        self._proc, self._groups, self._clock = proc, groups, clock
         # What stands in the way of a journal, by its name: told once.
         self._problems: dict[str, str] = {}
         self._reading = 0
@@ -103,6 +120,7 @@ class Orphans(threading.Thread):
         """Reads every journal that is to be read, once."""
         try:
             names = {name for base in self._bases for name in _folders(base)}
+            self._remove_unmade()
         except OSError as error:
             if self._problems.get("") != str(error):
                 logger.warning("cannot list the journals: %s; trying again", error)
@@ -110,6 +128,7 @@ class Orphans(threading.Thread):
             return
         self._problems = {name: known for name, known in self._problems.items() if name in names}
         self._live = {name: forked for name, forked in self._live.items() if name in names}
+        self._memory = {name: group for name, group in self._memory.items() if name in names}
         self._reading = len(names - self._live.keys())
         for name in sorted(names):
             try:
@@ -133,7 +152,13 @@ class Orphans(threading.Thread):
         if name not in self._live:
             segments = list(self._segments(folders))
             if segments:
-                self._live[name] = segments[0].info.forked
+                info = segments[0].info
+                self._live[name] = info.forked
+                lock = segments[0].path.with_name(LOCK_NAME)
+                group = deaths.memory_group(info.pid, lock, proc=self._proc, groups=self._groups)
+                if group is not None:
+                    self._memory[name] = group
+                logger.debug("%s (run %s, pid %d) is watched", info.source, info.run_id, info.pid)
         if self._live.get(name):
             self._read(folders, live=True)
 
@@ -148,7 +173,8 @@ class Orphans(threading.Thread):
                 "error": "the process ended without finish()",
                 "records": -1,
             }
-            self._spool.end_producer(info.producer_id, _encode(Kind.FINISH, killed)).result()
+            last_word = self._obituary(info, folders) + _encode(Kind.FINISH, killed)
+            self._spool.end_producer(info.producer_id, last_word).result()
             logger.info(
                 "%s (run %s, pid %d) has ended: its journal is delivered",
                 info.source,
@@ -157,6 +183,36 @@ class Orphans(threading.Thread):
             )
         for folder in folders:
             shutil.rmtree(folder)
+
+    def _obituary(self, info: ProducerInfo, folders: list[Path]) -> bytes:
+        """The event that a rank died; nothing for one that had said its end, and for what a rank forked: such
+        processes end as they like."""
+        if info.forked:
+            return b""
+        segments = sorted(self._segments(folders), key=lambda found: (found.lane, found.base))
+        last = deaths.LastWords()
+        for at, found in enumerate(segments):
+            # The last two of each lane: its owner may have died with the last one still empty.
+            if at + 2 < len(segments) and segments[at + 2].lane == found.lane:
+                continue
+            with _mapped(found.path) as view:
+                last = last.and_then(view)
+        if last.finished:
+            return b""
+        group = self._memory.get(info.producer_id.hex())
+        kills = None if group is None else group.killed_since()
+        return _encode(Kind.EVENT, deaths.event(info, last, kills))
+
+    def _remove_unmade(self) -> None:
+        """Removes folders whose makers died before they had given them their name."""
+        now = self._clock()
+        found = [path for base in self._bases for path in _in_the_making(base)]
+        self._making = {path: self._making.get(path, now) for path in found}
+        for path, since in self._making.items():
+            if now - since >= MAKING_S:
+                with _locked(path) as locked:
+                    if locked:
+                        shutil.rmtree(path, ignore_errors=True)
 
     def _read(self, folders: list[Path], *, live: bool) -> ProducerInfo | None:
         """Brings what the segments hold beyond what is committed into the spool; the producer, if
@@ -194,9 +250,7 @@ class Orphans(threading.Thread):
     ) -> None:
         """Spools the segment's records from lane offset `committed` on. `lane_end`: where the next segment
         goes on; None: in the last one, data ends with the last whole record."""
-        with found.path.open("rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with data, memoryview(data) as view:
+        with _mapped(found.path) as view:
             start = max(committed - found.base, 0) + HEADER_BYTES
             if start > HEADER_BYTES:
                 # This spool may be newer than what was delivered from here.
@@ -285,6 +339,21 @@ def _folders(base: Path) -> Iterator[str]:
         for path in base.iterdir():
             if _PRODUCER_ID.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 yield path.name
+
+
+def _in_the_making(base: Path) -> Iterator[Path]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in base.iterdir():
+            if _IN_THE_MAKING.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                yield path
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    with path.open("rb") as file:
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with data, memoryview(data) as view:
+        yield view
 
 
 @contextlib.contextmanager

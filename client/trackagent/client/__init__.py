@@ -16,14 +16,11 @@ and from signal handlers.
 
 from __future__ import annotations
 
-import atexit
 import functools
-import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from trackagent.client.instrument import Timer
 
@@ -69,9 +66,7 @@ _MODULES = {
 }
 
 _run: Run | None = None
-# How the interpreter is about to end, for a run that nobody finishes.
-_exit = ("finished", "")
-_hooks_installed = False
+_ever_begun = False
 # How long finish() waits for git, which runs since init(), and for ranks that do not know their run yet.
 _FACTS_TIMEOUT_S = 2.0
 _LATE_RANKS_TIMEOUT_S = 5.0
@@ -99,11 +94,11 @@ def init(
     ConfigError for a wrong argument or variable, IdentityError when the ranks cannot agree on a
     run, JournalError when there is no room for a journal.
     """
-    global _run, _exit
+    global _run, _ever_begun
     import logging
     import threading
 
-    from trackagent.client import facts, identity, values
+    from trackagent.client import exits, facts, identity, values
     from trackagent.client.config import ClientConfig
     from trackagent.client.errors import ConfigError, ValueRefused
     from trackagent.client.run import Run
@@ -116,7 +111,7 @@ def init(
         raise ConfigError(str(error)) from None
     config = ClientConfig.load(agent=agent)
     finish()
-    _exit = ("finished", "")
+    exits.forget()
     decision = identity.decide(run_id=run_id, timeout_s=config.identity_timeout_s)
     for warning in decision.warnings:
         logging.getLogger("trackagent").warning("%s", warning)
@@ -145,7 +140,8 @@ def init(
     except BaseException:
         decision.stop_serving(0.0)
         raise
-    _install_exit_hooks()
+    _ever_begun = True
+    exits.install(_finish_at_exit)
     if who.rank == 0:
         run.set_tags(facts.quick())
         git.start()
@@ -272,47 +268,14 @@ def _warn_no_run() -> None:
         import logging
     except ImportError:  # the interpreter is going down
         return
-    if _hooks_installed:
+    if _ever_begun:
         problem = "nothing is recorded: the run has finished"
     else:
         problem = "nothing is recorded: call trackagent.client.init(experiment=...) first"
     logging.getLogger("trackagent").warning("%s", problem)
 
 
-def _install_exit_hooks() -> None:
-    """So that a run that is never finished says how it ended: by normal exit, by which exception, or with
-    which code. The interpreter tells nobody of SystemExit, so `sys.exit` is wrapped."""
-    global _hooks_installed
-    if _hooks_installed:
-        return
-    _hooks_installed = True
-    import threading
-
-    previous = sys.excepthook
-
-    def remember(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        from trackagent.client.run import ending
-
-        global _exit
-        _exit = ending(error)
-        previous(kind, error, trace)
-
-    leave = sys.exit
-
-    def remember_code(status: Any = None) -> NoReturn:
-        from trackagent.client.run import ending
-
-        global _exit
-        if threading.current_thread() is threading.main_thread():
-            _exit = ending(SystemExit(status))
-        leave(status)
-
-    sys.excepthook = remember
-    sys.exit = remember_code
-    atexit.register(_finish_at_exit)
-
-
-def _finish_at_exit() -> None:
-    finish(*_exit)
+def _finish_at_exit(how: tuple[str, str], warning: str) -> None:
+    if warning and _run is not None:
+        _run.event(warning, "warning")
+    finish(*how)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trackagent.agent.cli import ERROR, OK
-from trackagent.agent.cli.asking import STATUS_TIMEOUT_S, Holder, ask_status, holds, lock_holder
+from trackagent.agent.cli.asking import STATUS_TIMEOUT_S, Holder, ask_status, lock_holder
 from trackagent.agent.cli.options import agent_flags, configured, json_option
 from trackagent.agent.cli.output import (
     byte_count,
@@ -27,6 +27,7 @@ from trackagent.agent.cli.output import (
 )
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
+from trackagent.agent.processes import holds
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trackagent.agent.cli import NothingThere
@@ -55,24 +54,6 @@ def _parsed(content: bytes) -> Holder:
         return Holder(int(said["pid"]), int(said["started_ns"]), str(said["version"]))
     except (ValueError, KeyError, TypeError):
         return Holder(0, 0, "")
-
-
-def holds(pid: int, path: Path, proc: Path = Path("/proc")) -> bool:
-    """Whether the process `pid` of this PID namespace has the file `path` open; PermissionError when it is
-    another user's."""
-    try:
-        wanted = os.stat(path)
-        descriptors = list((proc / str(pid) / "fd").iterdir())
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    for descriptor in descriptors:
-        try:
-            found = descriptor.stat()
-        except OSError:
-            continue
-        if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-            return True
-    return False
 
 
 def ask_status(config: AgentConfig, timeout_s: float = STATUS_TIMEOUT_S) -> StatusResponse:
