@@ -232,12 +232,17 @@ class Node:
                 left.append(f"run {run_id} is still running")
         return left
 
-    def close(self, *, keep: bool = False) -> None:
-        """Ends every process; deletes the folders, or keeps them for people to look at."""
+    def end(self) -> None:
+        """Ends every process."""
         for rank in self.ranks:
             if rank.process.poll() is None:
                 rank.process.kill()
                 rank.process.wait(DEADLINE_S)
         self.agent.close()
-        if not keep:
-            shutil.rmtree(self.base)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.base)
+
+    def close(self) -> None:
+        self.end()
+        self.remove()
