@@ -9,7 +9,7 @@ PIP := -m pip --disable-pip-version-check --no-input install -q -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check test soak protos demo bench wheel smoke clean
+.PHONY: help setup check test chaos soak protos demo bench wheel smoke clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=/path/to/python3] [ARGS=\"for pytest, the demo or the benchmarks\"]"
@@ -39,6 +39,9 @@ check: $(READY) ## lint, formatting, types, generated code
 
 test: $(READY) ## every test, in random order, warnings are errors
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+chaos: $(READY) ## storms of faults for MINUTES=1; SEED=N replays
+	@$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 soak: $(READY) ## a steady load for MINUTES=30; nothing may grow
 	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -26,6 +27,7 @@ from trackagent.agent.orphans import Orphans
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import Batch, EventData
 from trackagent.client import record
+from trackagent.client.folder import LOCK_NAME, ProducerFolder
 from trackagent.client.journal import Journal
 from trackagent.client.record import Kind
 from trackagent.client.segment import HEADER_BYTES, LAST_WORDS_BYTES
@@ -102,6 +104,7 @@ import signal, sys
 from tests.agent.samples import journal, log_losses
 from tests.fakes import Folders
 from pathlib import Path
+from uuid import uuid4
 log_losses(journal(Folders(Path(sys.argv[1]), Path(sys.argv[2]))), range(2000))
 print("logged", flush=True)
 signal.pause()
@@ -494,6 +497,24 @@ def test_no_folder_of_journals_is_no_problem(orphans: Orphans) -> None:
     orphans.look()
 
 
+def test_the_folder_of_a_process_that_was_killed_while_it_made_it_is_deleted(
+    orphans: Orphans, journals: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orphans_module, "SCAN_INTERVAL_S", 0.01)
+    monkeypatch.setattr(orphans_module, "TIDY_INTERVAL_S", 0.0)
+    left = journals / f".{uuid4().hex}.4711"
+    left.mkdir()
+    (left / LOCK_NAME).touch()
+    living = ProducerFolder(folders.directory, uuid4().hex)
+    living.open().rename(journals / ".being.made")
+    orphans.start()
+    try:
+        wait_until(lambda: not left.exists())
+    finally:
+        orphans.stop()
+    assert (journals / ".being.made").is_dir()
+
+
 def test_a_file_in_place_of_the_folder_of_journals_is_no_problem(
     orphans: Orphans, folders: Folders, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -664,6 +685,7 @@ def test_a_full_spool_leaves_the_rest_in_the_journal(
 LOOK_AND_DIE = """
 import os, shutil, sys
 from pathlib import Path
+from uuid import uuid4
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.spool import Spool
 shutil.rmtree = lambda path: os._exit(9)

@@ -12,12 +12,20 @@ import os
 import signal
 import sqlite3
 import sys
-from functools import partial, reduce
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from tests.chaos.switches import DEATHS, SPOOL, STORE, Switches, follow_clock
+from tests.chaos.switches import (
+    DEATHS,
+    SPOOL,
+    STEP,
+    STORE,
+    Switches,
+    die_at,
+    follow_clock,
+    next_step,
+)
 
 PR_SET_PDEATHSIG = 1
 
@@ -53,7 +61,7 @@ def is_the_parent(switches: Switches) -> bool:
 
 def take_seams(switches: Switches) -> None:
     """Gives spool and store connections that fail and die as the switches say, and watches other steps."""
-    from tests.chaos.steps import AGENT_STEPS, connection, watch
+    from tests.chaos.steps import AGENT_STEPS, Step, connection, watch
     from trackagent.agent import daemon, store
     from trackagent.agent.spool import Spool
     from trackagent.agent.store.database import BUSY_TIMEOUT_S
@@ -76,12 +84,14 @@ def take_seams(switches: Switches) -> None:
 
     store.open_writer = open_writer
     daemon.Spool = partial(Spool, connect=connect_spool)
+
+    def die_if_told(step: Step) -> None:
+        if next_step(switches, STEP) == step.name:
+            die_at(switches, STEP)
+
     for step in AGENT_STEPS:
         if not step.where:
-            module, names = step.what.split(":")
-            *owners, name = names.split(".")
-            owner: Any = reduce(getattr, owners, import_module(f"trackagent.agent.{module}"))
-            watch(owner, name, step, switches)
+            watch(step, die_if_told)
 
 
 if __name__ == "__main__":

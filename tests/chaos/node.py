@@ -96,12 +96,17 @@ class Node:
     def _variables(self) -> dict[str, str]:
         return {FOLDER_VARIABLE: str(self.base / "switches"), "PYTHONPATH": str(ROOT)}
 
-    def start_rank(self, producer: Producer, per_second: float, **variables: str) -> Rank:
+    def start_rank(
+        self, producer: Producer, per_second: float, *, dies_at: str = "", **variables: str
+    ) -> Rank:
+        """dies_at: a step of steps.RANK_STEPS."""
         name = f"{producer.run_id}-{producer.rank}-{producer.incarnation}"
         notes, stop = self.base / "notes" / name, self.base / "notes" / f"{name}.stop"
         if self.address:
             variables["TRACKAGENT_AGENT"] = self.address
         variables |= {"RANK": str(producer.rank), "WORLD_SIZE": "64"}
+        if dies_at:
+            self.switches.set(name, dies_at)
         arguments = [
             producer.run_id,
             producer.rank,
@@ -214,12 +219,13 @@ class Node:
         return found + check([rank.noted() for rank in self.ranks], self.stored())
 
     def _left(self) -> list[str]:
-        """What should not be there once all is delivered."""
+        """What should not be there once all is delivered. A folder with a dot is one whose owner was killed
+        while it made it; it may be there for an hour."""
         left = [
             f"{path}"
             for base in self.folders
             for folder in ("journals", "quarantine", "dead-letters/store")
-            for path in (base / folder).glob("*")
+            for path in (base / folder).glob("[!.]*")
         ]
         # As a file of SQLite's that was found damaged is called.
         left += [f"{path}" for path in self.folders.state.glob("*.damaged-*")]

@@ -9,11 +9,12 @@ import os
 import sys
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tests.chaos.records import Metrics, Producer, as_float, record
-from tests.chaos.switches import SEGMENTS, Switches, follow_clock
+from tests.chaos.switches import SEGMENTS, Switches, die_at, follow_clock, next_step
 
 BURST = 20
 
@@ -23,6 +24,7 @@ def main() -> None:
     switches = Switches.of_this_process()
     follow_clock(switches)
     break_segments(switches)
+    die_when_told(switches, f"{run_id}-{rank}-{incarnation}")
     from trackagent import client
 
     producer = Producer(run_id, int(rank), int(incarnation), int(seed))
@@ -73,6 +75,21 @@ def break_segments(switches: Switches) -> None:
         return segment.Segment(path, size, identity)
 
     run.Journal = partial[Any](journal.Journal, create=create)
+
+
+def die_when_told(switches: Switches, switch: str) -> None:
+    """Lets this process die at the step that its own switch names now, if it does."""
+    from tests.chaos.steps import RANK_STEPS, Step, watch
+
+    left = count(1)
+
+    def reached(step: Step) -> None:
+        if next(left) == step.nth:
+            die_at(switches, switch)
+
+    for step in RANK_STEPS:
+        if step.name == next_step(switches, switch):
+            watch(step, reached)
 
 
 if __name__ == "__main__":

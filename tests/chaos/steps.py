@@ -1,8 +1,8 @@
-"""The named steps of the agent at which it may be told to die, in the order of the data's path.
+"""The named steps of agent and rank at which they may be told to die, in the order of the data's path.
 
-Most are the commits of its two databases: a transaction is known by a statement in it. `Connection` is what
-the constructor seams of spool and store get: it dies at the step that the switch `step` names, and fails as
-the switches `spool` and `store` say.
+Most of the agent's are the commits of its two databases: a transaction is known by a statement in it.
+`Connection` is what the constructor seams of spool and store get: it dies at the step that the switch `step`
+names, and fails as the switches `spool` and `store` say. All other steps are functions.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import reduce, wraps
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from tests.chaos.switches import SPOOL, STORE, Switches, die_at, next_step
+from tests.chaos.switches import SPOOL, STEP, STORE, Switches, die_at, next_step
 
 BEFORE, AFTER = "before", "after"
 
 
 class Step(NamedTuple):
-    """A step of the agent: `what` is a statement of the database `where`, at whose commit it dies, or, where
-    that is "", a function, as module:name (on the thread `thread`, where one is named). fresh: it is
-    reached only when the agent's files are made."""
+    """`what` is a statement of the agent's database `where`, at whose commit it dies, or, where that is "", a
+    function of trackagent, as module:name (on the thread `thread`, where one is named). fresh: it is reached
+    only when the agent's files are made. nth: which time it is to die there. at_end: it is reached by a rank
+    that is told to end."""
 
     name: str
     where: str
@@ -29,6 +31,8 @@ class Step(NamedTuple):
     when: str
     fresh: bool = False
     thread: str = ""
+    nth: int = 1
+    at_end: bool = False
 
 
 AGENT_STEPS = (
@@ -45,7 +49,9 @@ AGENT_STEPS = (
     Step("a batch is stored, in its transaction", STORE, "INSERT INTO chunks", "at once"),
     Step("a batch is stored, before the commit", STORE, "INSERT INTO applied", BEFORE),
     Step("a batch is stored, after the commit", STORE, "INSERT INTO applied", AFTER),
-    Step("the sink has accepted, the cursor stands", "", "sinks.store:StoreSink.deliver", AFTER),
+    Step(
+        "the sink has accepted, the cursor stands", "", "agent.sinks.store:StoreSink.deliver", AFTER
+    ),
     Step("the cursor moves, before the commit", SPOOL, "SET cursor = ?", BEFORE),
     Step("the cursor moves, after the commit", SPOOL, "SET cursor = ?", AFTER),
     Step("chunks are merged, in the transaction", STORE, "DELETE FROM chunks", "at once"),
@@ -53,12 +59,69 @@ AGENT_STEPS = (
     Step("chunks are merged, after the commit", STORE, "DELETE FROM chunks", AFTER),
     Step("a rank says goodbye, before the commit", SPOOL, "SET ended_ns", BEFORE),
     Step("a rank says goodbye, before the answer", SPOOL, "SET ended_ns", AFTER),
-    Step("an orphan is half read", "", "spool:Spool.append", AFTER, thread="orphans"),
-    Step("an orphan is read", "", "spool:Spool.end_producer", BEFORE, thread="orphans"),
-    Step("an orphan's end is noted", "", "orphans:shutil.rmtree", BEFORE),
-    Step("an orphan's folder is empty", "", "orphans:os.rmdir", BEFORE),
-    Step("told to stop, before the spool is drained", "", "pipeline:Pipeline.stop", BEFORE),
-    Step("told to stop, before the spool is closed", "", "spool:Spool.close", BEFORE),
+    Step("an orphan is half read", "", "agent.spool:Spool.append", AFTER, thread="orphans"),
+    Step("an orphan is read", "", "agent.spool:Spool.end_producer", BEFORE, thread="orphans"),
+    Step("an orphan's end is noted", "", "agent.orphans:shutil.rmtree", BEFORE),
+    Step("an orphan's folder is empty", "", "agent.orphans:os.rmdir", BEFORE),
+    Step("told to stop, before the spool is drained", "", "agent.pipeline:Pipeline.stop", BEFORE),
+    Step("told to stop, before the spool is closed", "", "agent.spool:Spool.close", BEFORE),
+)
+
+
+RANK_STEPS = (
+    Step(
+        "a segment is made, in no lane yet",
+        "",
+        "client.segment:Segment.publish_header",
+        BEFORE,
+        nth=4,
+    ),
+    Step(
+        "a segment is published, in no lane yet",
+        "",
+        "client.segment:Segment.publish_header",
+        AFTER,
+        nth=4,
+    ),
+    Step("a lane has a new segment", "", "client.journal:Journal.roll", AFTER, nth=4),
+    Step("records are taken to be sent", "", "client.journal:Journal.unsent", AFTER, nth=3),
+    Step(
+        "a segment is acknowledged, not yet unlinked",
+        "",
+        "client.segment:Segment.remove",
+        BEFORE,
+        nth=2,
+    ),
+    Step(
+        "a segment is unlinked, before the checkpoint",
+        "",
+        "client.segment:Segment.remove",
+        AFTER,
+        nth=2,
+    ),
+    Step("the checkpoint is written", "", "client.segment:Segment.acknowledge", AFTER, nth=5),
+    Step(
+        "the run has ended, its last word is not written",
+        "",
+        "client.journal:Journal.seal",
+        AFTER,
+        at_end=True,
+    ),
+    Step("the last word is delivered", "", "client.sender:Sender.drain", AFTER, at_end=True),
+    Step(
+        "the agent knows of the end, the journal is there",
+        "",
+        "client.journal:Journal.close",
+        BEFORE,
+        at_end=True,
+    ),
+    Step(
+        "the journal is empty, its folder is there",
+        "",
+        "client.folder:Path.rmdir",
+        BEFORE,
+        at_end=True,
+    ),
 )
 
 
@@ -107,12 +170,12 @@ class Connection(sqlite3.Connection):
         return cursor
 
     def _die_if_told(self, said: list[str], when: str) -> None:
-        name = next_step(self.switches)
+        name = next_step(self.switches, STEP)
         step = BY_NAME[name] if name else None
         if step is None or (step.where, step.when) != (self.where, when):
             return
         if any(step.what in text for text in said):
-            die_at(self.switches, step.name)
+            die_at(self.switches, STEP)
 
 
 BY_NAME = {step.name: step for step in AGENT_STEPS}
@@ -123,20 +186,22 @@ def connection(where: str, switches: Switches) -> type[Connection]:
     return type("Connection", (Connection,), {"where": where, "switches": switches})
 
 
-def watch(owner: Any, name: str, step: Step, switches: Switches) -> None:
-    """Lets the function `name` of `owner` die at `step`, when it is told to."""
+def watch(step: Step, reached: Callable[[Step], None]) -> None:
+    """Lets the function that the step is about call `reached`, which may not return."""
+    module, names = step.what.split(":")
+    *owners, name = names.split(".")
+    owner: Any = reduce(getattr, owners, import_module(f"trackagent.{module}"))
     function = getattr(owner, name)
 
-    def die_if_told(when: str) -> None:
-        on_it = step.thread in ("", threading.current_thread().name)
-        if step.when == when and on_it and next_step(switches) == step.name:
-            die_at(switches, step.name)
+    def at(when: str) -> None:
+        if step.when == when and step.thread in ("", threading.current_thread().name):
+            reached(step)
 
     @wraps(function)
     def watched(*arguments: Any, **named: Any) -> Any:
-        die_if_told(BEFORE)
+        at(BEFORE)
         result = function(*arguments, **named)
-        die_if_told(AFTER)
+        at(AFTER)
         return result
 
     setattr(owner, name, watched)

@@ -46,18 +46,18 @@ class Switches:
         (self.folder / name).unlink(missing_ok=True)
 
 
-def next_step(switches: Switches) -> str:
+def next_step(switches: Switches, switch: str) -> str:
     """The step at which this process is to die; the switch may name more, one a line, for those after it."""
-    return switches.get(STEP).partition("\n")[0]
+    return switches.get(switch).partition("\n")[0]
 
 
-def die_at(switches: Switches, step: str) -> NoReturn:
-    """Ends this process here as SIGKILL does, and leaves the step's name, which is the proof."""
-    _, _, rest = switches.get(STEP).partition("\n")
+def die_at(switches: Switches, switch: str) -> NoReturn:
+    """Ends this process as SIGKILL does, at the step that the switch names; leaves the name as the proof."""
+    step, _, rest = switches.get(switch).partition("\n")
     if rest:
-        switches.set(STEP, rest)
+        switches.set(switch, rest)
     else:
-        switches.clear(STEP)
+        switches.clear(switch)
     with open(switches.folder / REACHED, "a") as file:
         file.write(f"{step}\n")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -88,6 +88,8 @@ class Orphans(threading.Thread):
         # What stands in the way of a journal, by its name: told once.
         self._problems: dict[str, str] = {}
         self._reading = 0
+        # Folders of journals that were just being made at the last tidying.
+        self._being_made: set[Path] = set()
 
     @property
     def reading(self) -> int:
@@ -103,8 +105,15 @@ class Orphans(threading.Thread):
                 self._tidy()
 
     def _tidy(self) -> None:
-        """Lets the spool forget who ended long ago, but no one whose journal might come again."""
+        """Lets the spool forget who ended long ago, but no one whose journal might come again. Deletes what
+        processes left that were killed while they made their folder."""
         try:
+            being_made = {path for base in self._bases for path in base.glob(".*")}
+            for path in being_made & self._being_made:
+                with _locked(path) as free:
+                    if free:
+                        shutil.rmtree(path)
+            self._being_made = being_made
             kept = [bytes.fromhex(name) for base in self._bases for name in _folders(base)]
             self._spool.forget_ended(kept).result()
         except (OSError, sqlite3.Error) as error:
