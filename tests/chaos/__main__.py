@@ -1,7 +1,7 @@
 """`make chaos`: storms of faults, one after the other, and a table of what came of them.
 
-python -m tests.chaos --seconds 600
-python -m tests.chaos --seed 4711 --seconds 30      the storm of one seed again
+A storm lasts half a minute or a little more; the next has the next seed. Exit code 1 when the oracle finds
+anything, after what replays it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from tests.chaos import oracle
 from tests.chaos.schedule import KINDS, schedule
@@ -27,7 +28,8 @@ SHOWN_VIOLATIONS = 20
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Storms of faults.")
     parser.add_argument("--seed", type=int, help="of the first storm; the next has the next")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of all storms together")
+    parser.add_argument("--minutes", type=float, default=1.0, help="of all storms together")
+    parser.add_argument("--seconds", type=float, help="the same, in seconds")
     parser.add_argument(
         "--faults", default="", help=f"only these, by comma, of: {', '.join(KINDS)}"
     )
@@ -44,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if no_mounts:
         print(f"no full disks ({', '.join(NEED_MOUNTS)}): {no_mounts}", file=out)
         kinds = [kind for kind in kinds if kind not in NEED_MOUNTS]
-    storms = max(1, int(options.seconds // STORM_S))
-    seconds = options.seconds / storms
+    total_s = 60 * options.minutes if options.seconds is None else options.seconds
+    storms = max(1, int(total_s // STORM_S))
+    seconds = total_s / storms
     outcomes: list[Outcome] = []
     for number in range(storms):
         print(f"storm {number + 1} of {storms}: seed {seed + number}", file=out, flush=True)
@@ -60,14 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(outcome.violations for outcome in outcomes) else 0
 
 
-def _explain(outcome: Outcome, faults: str, out: object) -> None:
+def _explain(outcome: Outcome, faults: str, out: TextIO) -> None:
     for violation in outcome.violations[:SHOWN_VIOLATIONS]:
-        print(f"  {violation.kind}: {violation.what}", file=out)  # type: ignore[call-overload]
+        print(f"  {violation.kind}: {violation.what}", file=out)
     if len(outcome.violations) > SHOWN_VIOLATIONS:
-        print(f"  and {len(outcome.violations) - SHOWN_VIOLATIONS} more", file=out)  # type: ignore[call-overload]
+        print(f"  and {len(outcome.violations) - SHOWN_VIOLATIONS} more", file=out)
     only = f" --faults '{faults}'" if faults else ""
-    replay = f"python -m tests.chaos --seed {outcome.seed} --seconds {outcome.seconds:g}{only}"
-    print(f"  its folders: {outcome.folder}; again: {replay}", file=out)  # type: ignore[call-overload]
+    replay = (
+        f".venv/bin/python -m tests.chaos --seed {outcome.seed} --seconds {outcome.seconds:g}{only}"
+    )
+    print(f"  its folders: {outcome.folder}; again: {replay}", file=out)
 
 
 def _summary(outcomes: Sequence[Outcome]) -> dict[str, object]:
