@@ -291,7 +291,7 @@ def test_a_living_forked_process_has_no_end(
 def test_segments_that_a_forked_process_has_left_are_deleted(
     orphans: Orphans, forked: Journal, folders: Folders
 ) -> None:
-    log_losses(forked, range(6000))
+    log_losses(forked, range(5000))
     before = len(segments(folders))
     orphans.look()
     assert (before, len(segments(folders))) == (5, 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import AgentProcess, Folders, run_script, wait_until
+from tests.fakes import DEADLINE_S, AgentProcess, Folders, next_line, start_script, wait_until
 
 # `trackagent`, but its store rejects what holds the key "poison" for as long as a file is there.
 PICKY = """
@@ -39,17 +39,18 @@ store.open_writer = open_writer
 main()
 """
 TRAIN = """
-import sys, time
+import sys
 from trackagent import client
 run = client.init(experiment="poisoned")
+print(run.id, flush=True)
 for step in range(300):
     client.log({"loss": float(step)}, step=step)
     if step == 150:
-        time.sleep(0.4)  # the poison goes into a batch of its own
+        # The poison goes into a batch of its own.
+        sys.stdin.readline()
         client.log({"poison": 1.0}, step=step)
-        time.sleep(0.4)
+        sys.stdin.readline()
 client.finish()
-print(run.id)
 """
 ALL = sorted([("loss", step) for step in range(300)] + [("poison", 150)])
 
@@ -79,7 +80,13 @@ def agent(folders: Folders, picky: Path) -> Iterator[AgentProcess]:
 def run_id(agent: AgentProcess, folders: Folders) -> str:
     """A run of which one batch was rejected."""
     agent.start()
-    name = run_script(folders, TRAIN).stdout.strip()
+    with start_script(folders, TRAIN) as training:
+        name = next_line(training)
+        wait_until(lambda: (run := agent.run(name)) is not None and run.records_stored == 151)
+        training.stdin.write("go on\n")
+        training.stdin.flush()
+        wait_until(lambda: listed(agent), "the poison is set aside")
+        training.communicate("go on\n", timeout=DEADLINE_S)
     agent.wait_for_delivery()
     return name
 

@@ -36,12 +36,14 @@ def test_records_after_a_change_of_state_folders_can_be_read() -> None:
         first.start()
         with start_script(first.folders, PROGRAM) as rank:
             run_id = next_line(rank)
+            wait_until(lambda: first.run(run_id) is not None)
             wait_until(lambda: len(first.exported(run_id)) == 20)
             first.stop()
             second.start()
             assert rank.stdin is not None
             print(file=rank.stdin, flush=True)
             assert next_line(rank) == "True"
+        wait_until(lambda: second.run(run_id) is not None)
         wait_until(lambda: len(second.exported(run_id)) == 20)
         steps = [point.step for point in second.exported(run_id) if point.key == "loss"]
         assert sorted(steps) == list(range(10, 20))
