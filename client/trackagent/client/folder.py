@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat
+from itertools import count
 from pathlib import Path
 
 LOCK_NAME = "lock"
@@ -19,27 +20,33 @@ class ProducerFolder:
         self.path = base / "journals" / producer_id
         self._base = base
         self._lock: int | None = None
+        self._numbers = count()
 
     def open(self) -> Path:
-        """The folder, existing and locked. OSError when it cannot be."""
+        """The folder, existing and locked. OSError when it cannot be. Calls may meet (log calls in threads and
+        in signal handlers, the sender): all of them get the folder that one of them has made."""
         if self._lock is None:
             private_folder(self._base)
             private_folder(self.path.parent)
             # Made under another name and renamed when locked: whoever sees it sees it locked.
-            making = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            making = self.path.with_name(f".{self.path.name}.{os.getpid()}.{next(self._numbers)}")
+            lock = None
             try:
                 making.mkdir(mode=0o700)
-                self._lock = os.open(
-                    making / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-                )
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = os.open(making / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 making.rename(self.path)
-            except BaseException:
-                self.close(remove=False)
+            except BaseException as error:
+                if lock is not None:
+                    os.close(lock)
                 (making / LOCK_NAME).unlink(missing_ok=True)
                 with contextlib.suppress(FileNotFoundError):
                     making.rmdir()
+                # The name is this producer's alone: what is there, another call has just made.
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    return self.path
                 raise
+            self._lock = lock
         return self.path
 
     def close(self, *, remove: bool) -> None:
