@@ -7,7 +7,6 @@ import fcntl
 import os
 import shutil
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -411,23 +410,6 @@ def test_a_segment_that_cannot_be_made_leaves_no_file(
     with pytest.raises(OSError, match="No space left"):
         Segment(folders.directory / "0.seg", SEGMENT_BYTES, b"{}")
     assert list(folders.directory.iterdir()) == []
-
-
-@pytest.fixture
-def small_file_system(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_tmpfs_is_an_error_and_no_crash(

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import time
@@ -32,12 +33,15 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 LOCK_PATIENCE_S = 0.5
+# What the agent opens beside one connection a rank: databases, journals, gRPC's own.
+OWN_FILES = 64
 
 
 def serve(config: AgentConfig) -> int:
     """Runs an agent until SIGTERM or SIGINT, then drains it; the exit code. AgentError when it
     cannot start."""
     logging.getLogger("trackagent").setLevel(config.log_level.upper())
+    _allow_files(config.max_streams)
     started_ns = time.time_ns()
     version = importlib.metadata.version("trackagent")
     try:
@@ -55,6 +59,24 @@ def serve(config: AgentConfig) -> int:
     with _held(config.lock_path, about), _held(config.state_directory / "agent.lock", about):
         asyncio.run(_run(config, version, started_ns))
     return 0
+
+
+def _allow_files(streams: int) -> None:
+    """Takes as many descriptors as this process may have; says so where they are too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        # A system may allow less than it says.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft != resource.RLIM_INFINITY and soft < streams + OWN_FILES:
+        logger.warning(
+            "this process may open %d files, so about %d ranks can connect (max_streams is %d): raise "
+            "the limit (ulimit -n, LimitNOFILE=) where there are more",
+            soft,
+            max(0, soft - OWN_FILES),
+            streams,
+        )
 
 
 async def _run(config: AgentConfig, version: str, started_ns: int) -> None:

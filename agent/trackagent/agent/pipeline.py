@@ -194,7 +194,7 @@ class Pipeline(threading.Thread):
                 self._deliver_again(letter)
         except Exception as error:  # noqa: BLE001 - the letter stays marked, whatever it was
             logger.warning(
-                "sink %s: a dead letter cannot be delivered again: %s; trying again",
+                "sink %s: dead letters to be delivered again have to wait: %s; trying again",
                 self._sink.name,
                 error,
             )

@@ -23,8 +23,11 @@ class ProducerFolder:
         self._numbers = count()
 
     def open(self) -> Path:
-        """The folder, existing and locked. OSError when it cannot be. Calls may meet (log calls in threads and
-        in signal handlers, the sender): all of them get the folder that one of them has made."""
+        """The folder, existing and locked. OSError when it cannot be.
+
+        Calls may meet (the sender, log calls in threads and in signal handlers): all of them get the folder
+        that one of them has made.
+        """
         if self._lock is None:
             private_folder(self._base)
             private_folder(self.path.parent)

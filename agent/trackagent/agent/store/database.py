@@ -17,7 +17,8 @@ from urllib.parse import quote
 from trackagent.agent.store import schema
 from trackagent.agent.store.contract import StoreError
 
-BUSY_TIMEOUT_S = 30.0
+# The pipeline tries again what is kept: a longer wait would only hold up an agent that is to stop.
+BUSY_TIMEOUT_S = 2.0
 WAL_PAGES = 4_000  # 16 MiB: fewer checkpoints, each of which costs an fsync of the whole file
 WAL_BYTES_KEPT = 64 << 20
 
