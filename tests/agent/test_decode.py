@@ -351,6 +351,10 @@ MALFORMED = {
     "a lone surrogate deep down": (Kind.EVENT, rb'{"level":"info","message":"","x":["\ud800"]}'),
     "nested too deep": (Kind.PARAMS, b'{"a":' * 40_000 + b"1" + b"}" * 40_000),
     "nested lists": (Kind.EVENT, b"[" * 100_000),
+    "an event nested 100 deep": (
+        Kind.EVENT,
+        b'{"level":"info","message":"","x":' + b"[" * 100 + b"]" * 100 + b"}",
+    ),
     "an event without a level": (Kind.EVENT, b'{"message": "x"}'),
     "an event without a message": (Kind.EVENT, b'{"level": "info"}'),
     "an event of an odd level": (Kind.EVENT, b'{"level": "fatal", "message": ""}'),

@@ -96,7 +96,9 @@ def serve(folders: Folders, open_spool: Callable[..., Spool]) -> Iterator[Serve]
     folders.directory.mkdir(mode=0o700)
     ends: list[Callable[[], None]] = []
 
-    def started(*, max_streams: int = 1024, **options: Any) -> Served:
+    def started(
+        *, max_streams: int = 1024, uncommitted_bytes: int = 1 << 26, **options: Any
+    ) -> Served:
         served = Served(
             open_spool(**options),
             AgentConfig(
@@ -104,6 +106,7 @@ def serve(folders: Folders, open_spool: Callable[..., Spool]) -> Iterator[Serve]
                 state_directory=folders.state,
                 max_batch_bytes=MAX_BATCH_BYTES,
                 max_streams=max_streams,
+                uncommitted_bytes=uncommitted_bytes,
             ),
         )
         listening = threading.Event()
@@ -422,6 +425,52 @@ def test_nothing_is_acknowledged_before_its_commit(
     assert (before, answer.result(DEADLINE_S)) == (False, (0, len(DATA)))
     stream.end()
     reader.join()
+
+
+def test_what_awaits_its_commit_is_bounded(
+    serve: Serve, connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cap = MAX_BATCH_BYTES
+    served = serve(connect=connections, uncommitted_bytes=cap)
+    served.spool.add_sink("store").result()
+    served.open()
+    append = served.spool.append
+    lock = threading.Lock()
+    held, most = 0, 0
+
+    def counted(*arguments: Any) -> Future[int]:
+        nonlocal held, most
+        size = len(arguments[3])
+        with lock:
+            held += size
+            most = max(most, held)
+
+        def committed(_: object) -> None:
+            nonlocal held
+            with lock:
+                held -= size
+
+        commit = append(*arguments)
+        commit.add_done_callback(committed)
+        return commit
+
+    monkeypatch.setattr(served.spool, "append", counted)
+    connections.last.held_back = "COMMIT"
+    data = losses(range(8_000))
+    batches = [push(data, number * len(data)) for number in range(8)]
+    answers: Future[list[tuple[int, int]]] = Future()
+    sender = threading.Thread(target=lambda: answers.set_result(served.push(*batches)))
+    sender.start()
+    assert connections.last.reached.wait(DEADLINE_S)
+    wait_until(lambda: held > cap - len(data), "no other batch fits")
+    # The service is alive meanwhile, and could have read on.
+    health = health_pb2_grpc.HealthStub(served.channel)
+    for _ in range(50):
+        health.Check(health_pb2.HealthCheckRequest(), timeout=DEADLINE_S)
+    connections.last.released.set()
+    assert answers.result(DEADLINE_S)[-1] == (0, 8 * len(data))
+    sender.join()
+    assert 0 < most <= cap
 
 
 def test_a_commit_that_fails_is_not_acknowledged(faulty: Served, connections: Connections) -> None:

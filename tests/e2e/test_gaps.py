@@ -66,6 +66,12 @@ def test_the_run_shows_the_hole_and_how_much_is_missing(holed: tuple[AgentProces
     # Tags that say where the run began may have found no room either.
     assert list(shown["losses"]) == ["journal full"]
     assert len(missing) <= shown["lost_records"] < len(missing) + 50
+    assert [run["losses"] for run in agent.runs()] == [shown["losses"]]
+    # An agent that has not seen it happen knows it too.
+    agent.stop()
+    agent.start()
+    status = json.loads(agent.run_cli("status", "--json").stdout)
+    assert (status["lost_records"], status["lost_since_start"]) == (shown["losses"], 0)
 
     text = agent.run_cli("show", run_id).stdout
     first = shown["gaps"][0]

@@ -154,7 +154,8 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
     left = (await asyncio.wrap_future(spool.statistics()))["batches"]
     await asyncio.to_thread(spool.close)
     if left:
-        logger.warning("%d batches stay in the spool: the next agent here delivers them", left)
+        what = "1 batch stays" if left == 1 else f"{left} batches stay"
+        logger.warning("%s in the spool: the next agent here delivers what is left", what)
     else:
         logger.info("stopped; everything received is stored")
 

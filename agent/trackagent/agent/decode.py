@@ -38,6 +38,8 @@ STATUSES = ("finished", "failed", "killed")
 UNREADABLE = "unreadable records"
 # Records with more keys become several Points: stores limit their columns.
 MAX_KEYS_TOGETHER = 4096
+# Containers within containers in what an event carries.
+MAX_NESTED = 64
 _SHOWN_PARTS = 10
 _SHOWN_CHARACTERS = 200
 
@@ -167,6 +169,9 @@ def _decode_other(spooled: SpooledBatch, found: record.Record, out: _Decoded) ->
     data: dict[str, Any] = dict(found.data or {})
     # JSON may spell text that has no UTF-8; one such record must not make a store refuse the whole batch.
     json.dumps(data, ensure_ascii=False).encode()
+    # Nor make one that reads the run run into the limit of recursion.
+    if _nested(data, MAX_NESTED):
+        raise ValueError(f"nested more than {MAX_NESTED} deep")
     if found.kind == Kind.NAMED:
         if not _distinct(found.keys):
             raise ValueError("a key is empty or there twice")
@@ -203,6 +208,19 @@ def _decode_other(spooled: SpooledBatch, found: record.Record, out: _Decoded) ->
 
 def _distinct(keys: Sequence[str]) -> bool:
     return len(set(keys)) == len(keys) and "" not in keys
+
+
+def _nested(value: Any, levels: int) -> bool:
+    """Whether there are containers more than `levels` deep in each other."""
+    row = [value]
+    for _ in range(levels + 1):
+        row = [
+            item
+            for outer in row
+            if isinstance(outer, (dict, list))
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(row)
 
 
 def _count(value: Any, low: int = 0) -> int:

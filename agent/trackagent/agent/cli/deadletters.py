@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackagent.agent.cli import ERROR, OK, NothingThere
+from trackagent.agent.cli import ERROR, OK, USAGE, NothingThere
 from trackagent.agent.cli.asking import lock_holder
 from trackagent.agent.cli.options import configured, json_option
 from trackagent.agent.cli.output import (
@@ -32,8 +32,9 @@ SHOWN_RECORDS = 20
 _POLL_S = 0.05
 
 
-@click.group("dead-letters")
-def dead_letters_command() -> None:
+@click.group("dead-letters", invoke_without_command=True)
+@click.pass_context
+def dead_letters_command(context: click.Context) -> int | None:
     """What a sink has rejected: look at it, deliver it again, or throw it away.
 
     A batch of records that a sink can never take is kept as a dead letter, with the reason, and what
@@ -45,6 +46,10 @@ def dead_letters_command() -> None:
       trackagent dead-letters show 4f2a09c1d3e5-17
       trackagent dead-letters retry --all
     """
+    if context.invoked_subcommand is not None:
+        return None
+    click.echo(context.get_help(), err=True)
+    return USAGE
 
 
 @dead_letters_command.command("list")
@@ -103,7 +108,7 @@ def list_command(config: AgentConfig, as_json: bool) -> int:
     help="How many of the records to print; --json prints all.",
 )
 def show_command(config: AgentConfig, as_json: bool, id_: str, most: int) -> int:
-    """One dead letter: who logged it, why it was rejected, and its records.
+    """One dead letter, its reason and its records.
 
     ID is an id that `list` shows, or the beginning of one.
 
@@ -148,13 +153,11 @@ def show_command(config: AgentConfig, as_json: bool, id_: str, most: int) -> int
                 "red",
             )
         )
-    out.print(
-        safe(
-            f"\nit is to be delivered again: {_when(config)}"
-            if letter.marked
-            else f"\nto deliver it again: trackagent dead-letters retry {letter.id}"
-        )
-    )
+    out.print()
+    if letter.marked:
+        out.print(safe(f"it is to be delivered again: {_when(config)}"))
+    else:
+        out.print(safe(f"to deliver it again: trackagent dead-letters retry {letter.id}"))
     return OK
 
 
@@ -172,10 +175,11 @@ def show_command(config: AgentConfig, as_json: bool, id_: str, most: int) -> int
     help="How long to wait for what comes of it.",
 )
 def retry_command(config: AgentConfig, ids: tuple[str, ...], every: bool, timeout_s: float) -> int:
-    """Deliver dead letters again to the sink that rejected them.
+    """Deliver dead letters again.
 
-    The agent does it, at once where one runs, else when it next starts. A sink that has taken a
-    letter does not take it twice. What is rejected again stays listed; exit code 1 then.
+    The agent does it, to the sink that rejected them: at once where one runs, else when it next
+    starts. A sink that has taken a letter does not take it twice. What is rejected again stays
+    listed; exit code 1 then.
 
     \b
     Examples:
@@ -220,7 +224,9 @@ def retry_command(config: AgentConfig, ids: tuple[str, ...], every: bool, timeou
 @click.option("--all", "every", is_flag=True, help="All of them.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def discard_command(config: AgentConfig, ids: tuple[str, ...], every: bool, yes: bool) -> int:
-    """Throw dead letters away: their records are lost. Their run goes on saying that they were rejected.
+    """Throw dead letters away.
+
+    Their records are lost. Their run goes on saying that they were rejected.
 
     \b
     Examples:

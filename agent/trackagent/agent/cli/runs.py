@@ -50,12 +50,16 @@ def runs_command(
     \b
     JSON keys of each run: run_id, name, experiment, status, attempt, world_size,
       start_time_ns, end_time_ns, error, ranks, series, points, records_stored,
-      records_logged, lost_records
+      records_logged, lost_records, losses {reason: records}
     """
     with opened_store(config) as store:
         found = store.runs(experiment=experiment, status=status, limit=limit)
+        lost = {
+            run.run_id: store.losses(run.run_id) for run in found if as_json and run.lost_records
+        }
     if as_json:
-        print_json([dataclasses.asdict(run) for run in found])
+        every = [(dataclasses.asdict(run), lost.get(run.run_id, {})) for run in found]
+        print_json([{**run, "losses": losses} for run, losses in every])
     elif found:
         _print_runs(found)
     else:
