@@ -221,7 +221,7 @@ def test_a_death_is_told_once_when_the_journal_could_not_be_deleted(
 
 # --- folders in the making
 
-NAME = f".{producer().producer_id.hex()}.4711"
+NAME = f".{producer().producer_id.hex()}.4711.0"
 
 
 @pytest.fixture

@@ -294,7 +294,7 @@ def test_segments_that_a_forked_process_has_left_are_deleted(
     log_losses(forked, range(5000))
     before = len(segments(folders))
     orphans.look()
-    assert (before, len(segments(folders))) == (5, 1)
+    assert (before, len(segments(folders))) == (4, 1)
 
 
 def test_a_forked_process_goes_on_after_its_segments_were_deleted(

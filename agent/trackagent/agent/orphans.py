@@ -42,7 +42,7 @@ READ_BYTES = 1024 * 1024
 # How long a folder that nobody holds may be in the making; then its maker is dead.
 MAKING_S = 60.0
 _PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
-_IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+")
+_IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
