@@ -20,7 +20,7 @@ from tests.agent.samples import (
 from tests.agent.sinks import FakeSink, PickySink
 from tests.fakes import DEADLINE_S, wait_until
 from trackagent.agent import pipeline as pipeline_module
-from trackagent.agent.deadletters import DeadLetter, discard, found, mark, unreadable
+from trackagent.agent.deadletters import DeadLetter, DeadLetters, discard, found, mark, unreadable
 from trackagent.agent.decode import decode
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.spool import Spool
@@ -390,3 +390,63 @@ def test_a_letter_needs_no_spool_to_be_delivered(
     batch = decode(letter.delivery(), letter.keys)
     assert [(part.keys, part.steps.tolist()) for part in batch.points] == [(LOSS_KEYS, [2])]
     assert batch.id == BatchId(spool.origin, 2, 2)
+
+
+# --- dying on the way
+
+
+def dies(patch: pytest.MonkeyPatch, owner: object, name: str, when: str) -> None:
+    """The next call of a method of `owner` ends its thread as a death would: nothing of ours handles it."""
+    real = getattr(owner, name)
+
+    def deadly(*arguments: Any, **options: Any) -> Any:
+        patch.undo()
+        if when == "after":
+            result = real(*arguments, **options)
+            if isinstance(result, Future):
+                result.result()
+        raise SystemExit
+
+    patch.setattr(owner, name, deadly)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["shorten", "delivered", "keep"])
+def test_dying_while_a_bad_batch_is_set_aside_loses_and_doubles_nothing(
+    spool: Spool, start: Start, tmp_path: Path, name: str, when: str
+) -> None:
+    for step in range(8):
+        append(spool, step)
+    sink = PickySink(5)
+    with pytest.MonkeyPatch.context() as patch:
+        dies(patch, DeadLetters if name == "keep" else spool, name, when)
+        start(sink).join(DEADLINE_S)
+    start(sink)
+    settled(spool)
+    assert sorted(sink.steps) == [0, 1, 2, 3, 4, 6, 7]
+    assert ([letter.number for letter in letters(tmp_path)], rejected(spool)) == ([6], 1)
+    assert len(sink.messages) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["deliver", "remove"])
+def test_dying_while_a_letter_is_delivered_again_doubles_nothing(
+    spool: Spool, start: Start, tmp_path: Path, name: str, when: str
+) -> None:
+    for step in range(3):
+        append(spool, step)
+    sink = PickySink(1)
+    pipeline = start(sink)
+    settled(spool)
+    pipeline.stop(DEADLINE_S)
+    sink.bad.clear()
+    mark(letters(tmp_path)[0])
+    with pytest.MonkeyPatch.context() as patch:
+        dies(patch, DeadLetters if name == "remove" else sink, name, when)
+        start(sink).join(DEADLINE_S)
+    start(sink)
+    wait_until(lambda: not letters(tmp_path))
+    assert sorted(sink.steps) == [0, 1, 2]
+    assert len(sink.messages) == 2
