@@ -89,7 +89,7 @@ class Folders(NamedTuple):
             path
             for base in (self.directory, self.state)
             for path in (base / "journals").glob("*")
-            if path.is_dir() and not path.is_symlink()
+            if path.is_dir() and not path.is_symlink() and not path.name.startswith(".")
         )
 
 

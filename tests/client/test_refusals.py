@@ -221,5 +221,6 @@ def test_a_rank_that_is_killed_with_a_full_journal_has_told_its_loss(folders: Fo
         # At the next flush, all of it or at least half.
         wait_until(lambda: 2 * sum(last_loss(folders).values()) > 10_000 - kept, "the loss is told")
         os.kill(process.pid, signal.SIGKILL)
+    kept = len(logged_records(folders))
     assert last_loss(folders)["journal full"] <= 10_000 - kept
     assert gaps(folders)[-1][1] == kept
