@@ -26,6 +26,7 @@ from trackagent.agent.store.contract import (
     Series,
     SeriesInfo,
 )
+from trackagent.agent.store.runs import attempt_numbers
 
 Point = tuple[int, int, int, float]  # step, attempt, time, value
 
@@ -154,8 +155,8 @@ class MemoryStore:
     def _summary(self, run_id: str) -> RunSummary:
         state = self._state
         every = [info for info in state.producers.values() if info.run_id == run_id]
-        attempt = max(info.attempt for info in every)
-        latest = [info for info in every if info.attempt == attempt]
+        attempt = max(self._attempt(info) for info in every)
+        latest = [info for info in every if self._attempt(info) == attempt]
         first = min(latest, key=lambda info: (info.forked, info.rank, info.start_time_ns))
         ranks = [info for info in latest if not info.forked]
         ends = [state.ends.get(info.producer_id) for info in ranks]
@@ -184,6 +185,11 @@ class MemoryStore:
             self._logged(every),
             sum(self.losses(run_id).values()),
         )
+
+    def _attempt(self, info: ProducerInfo) -> int:
+        every = self._state.producers.values()
+        said = {(one.job_time_ns, one.attempt) for one in every if one.run_id == info.run_id}
+        return attempt_numbers(said)[info.job_time_ns, info.attempt]
 
     def _logged(self, every: list[ProducerInfo]) -> int | None:
         total = 0
@@ -229,7 +235,7 @@ class MemoryStore:
         for gap in sorted(self._state.gaps.values(), key=lambda gap: gap.first_time_ns):
             info = self._state.producers[gap.producer_id]
             if info.run_id == run_id:
-                found.append(RunGap(info.source, info.attempt, *astuple(gap)[1:]))
+                found.append(RunGap(info.source, self._attempt(info), *astuple(gap)[1:]))
         return found
 
     def events(self, run_id: str, after: int = 0) -> list[Event]:
@@ -244,7 +250,7 @@ class MemoryStore:
 
     def _points(self, run_id: str, key: str, source: str) -> list[Point]:
         return [
-            (int(step), info.attempt, int(time_ns), float(value))
+            (int(step), self._attempt(info), int(time_ns), float(value))
             for info, some in self._of(run_id)
             if info.source == source and key in some.keys
             for step, time_ns, value in zip(
@@ -311,7 +317,7 @@ class MemoryStore:
         done, skip["blocks"] = skip.get("blocks", 0), len(every)
         for info, some in every[done:]:
             rest = (some.keys, some.steps, some.times_ns, some.values)
-            yield ExportBlock(info.source, info.rank, info.attempt, *rest)
+            yield ExportBlock(info.source, info.rank, self._attempt(info), *rest)
 
     def damage(self, run_id: str) -> list[str]:
         self._known(run_id)

@@ -235,3 +235,16 @@ def test_the_local_rank_in_a_process_group_comes_from_outside(
 def test_a_malformed_local_rank_in_a_process_group_is_named() -> None:
     with pytest.raises(ConfigError, match="LOCAL_RANK is 'x'"):
         in_group({"LOCAL_RANK": "x"})
+
+
+# --- the job's beginning
+
+
+def test_a_single_process_knows_when_it_began() -> None:
+    assert alone(now_ns=lambda: 17).identity.job_time_ns == 17
+
+
+def test_ranks_that_cannot_ask_rank_0_do_not_know_when_the_job_began() -> None:
+    environ = {"RANK": "0", "WORLD_SIZE": "2"}
+    decision = alone(run_id="a" * 32, environ=environ, now_ns=lambda: 17)
+    assert decision.identity.job_time_ns == 0

@@ -26,7 +26,9 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
     otherwise.
     """
     try:
-        info = ProducerInfo(**{name: fields[name] for name in ProducerInfo.__slots__})
+        # What wrote it may be older than this field.
+        known = {"job_time_ns": 0, **fields}
+        info = ProducerInfo(**{name: known[name] for name in ProducerInfo.__slots__})
     except KeyError as error:
         raise BadIdentity(f"the producer has no {error.args[0]}") from None
     for field in dataclasses.fields(ProducerInfo):
@@ -40,6 +42,7 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
         "local_rank": (0, MAX_RANKS),
         "pid": (0, 1 << 32),
         "start_time_ns": (0, 1 << 63),
+        "job_time_ns": (0, 1 << 63),
     }
     for name, (low, high) in integers.items():
         value = getattr(info, name)

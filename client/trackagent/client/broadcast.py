@@ -8,6 +8,7 @@ does), with no collective, no device, and before, after or without a process gro
     trackagent/<call>/answered     counter; asks that some rank 0 has answered
     trackagent/<call>/run          run id of this call in this job, set once
     trackagent/attempt/<run id>    counter; attempts of that run in this job
+    trackagent/began/<run id>      when this job first began that run, set once
     trackagent/taken/<token>       counter; ranks that hold this very word of rank 0
 
 <call> counts the calls of decide() in one process, so that the second init() of every rank meets
@@ -82,12 +83,14 @@ Finder = Callable[[Mapping[str, str]], tuple[Link | None, tuple[int, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What rank 0 says. `token` tells this saying from any other."""
+    """What rank 0 says. `token` tells this saying from any other. job_time_ns: when its job first began the
+    run, nanoseconds since 1970; 0: not known."""
 
     run_id: str
     attempt: int
     hub: str
     token: str
+    job_time_ns: int = 0
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -101,6 +104,7 @@ class Word:
                 int(said["attempt"]),
                 str(said["hub"]),
                 str(said["token"]),
+                int(said["job_time_ns"]),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise IdentityError(
@@ -258,6 +262,11 @@ def count(store: Store, run_id: str, earlier: int) -> int:
     key = f"trackagent/attempt/{run_id}"
     number = store.add(key, 1)
     return number if number > earlier else store.add(key, earlier + 1 - number)
+
+
+def began(store: Store, run_id: str, now_ns: int) -> int:
+    """When this job first began the run: now, unless an earlier worker group did."""
+    return int(store.compare_set(f"trackagent/began/{run_id}", "", str(now_ns)))
 
 
 def ask(store: Store, link: Link, call: int, who: str, patience: Patience) -> Word:

@@ -25,6 +25,7 @@ from trackagent.client.broadcast import (
     Store,
     Word,
     ask,
+    began,
     claim,
     connect,
     count,
@@ -64,6 +65,10 @@ class Identity:
 
     hub: str = ""
     """What rank 0 said about the run's hub, as it was given to decide()."""
+
+    job_time_ns: int = 0
+    """When rank 0's job first began this run, nanoseconds since 1970; orders the jobs that continue a run and
+    each count from 1. 0: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +122,7 @@ def decide(
     new_id: Callable[[], str] = lambda: uuid4().hex,
     sleep: Callable[[float], object] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
+    now_ns: Callable[[], int] = time.time_ns,
 ) -> Decision:
     """The identity of this process in the next run of its job; to be called once for each init(),
     by the main process of a rank, on every rank equally often.
@@ -140,6 +146,7 @@ def decide(
         earlier=history.attempts,
         new_id=new_id,
         patience=Patience(limit_s=timeout_s, sleep=sleep, clock=clock),
+        now_ns=now_ns,
     )
     if link is None or (caller.alone and not link.standing):
         agreed = _without_a_store(caller, obstacle)
@@ -166,6 +173,7 @@ def decide(
             world_size=ranks.world_size,
             node=(environ.get("NODE_NAME") or hostname())[:MAX_NODE_CHARACTERS],
             hub=word.hub,
+            job_time_ns=word.job_time_ns,
         ),
         warnings=warnings,
         _server=agreed.server,
@@ -251,6 +259,7 @@ class _Caller:
     earlier: Mapping[str, int]
     new_id: Callable[[], str]
     patience: Patience
+    now_ns: Callable[[], int]
 
     @property
     def alone(self) -> bool:
@@ -259,14 +268,17 @@ class _Caller:
     def __str__(self) -> str:
         return f"rank {self.ranks.rank} of {self.ranks.world_size}"
 
-    def word(self, run_id: str, number: int) -> Word:
-        """What this rank says when the run's attempts so far, with this one, are `number`."""
-        return Word(run_id, self.first_attempt - 1 + number, self.hub, uuid4().hex)
+    def word(self, run_id: str, number: int, job_time_ns: int) -> Word:
+        """What this rank says when the job's attempts at the run so far, with this one, are `number`."""
+        attempt = self.first_attempt - 1 + number
+        return Word(run_id, attempt, self.hub, uuid4().hex, job_time_ns)
 
-    def own_word(self) -> Word:
-        """Its word by its own count of attempts, without a store."""
+    def own_word(self, *, told: bool = False) -> Word:
+        """Its word by its own count of attempts, without a store. told: the other ranks will hear it."""
         run_id = self.given or self.new_id()
-        return self.word(run_id, self.earlier.get(run_id, 0) + 1)
+        # Another rank, which this one cannot ask, may say another time: only rank 0's would be the job's.
+        time_ns = self.now_ns() if self.ranks.rank == 0 and (self.alone or told) else 0
+        return self.word(run_id, self.earlier.get(run_id, 0) + 1, time_ns)
 
     def server(self, store: Store | None, link: Link, word: Word) -> Server:
         others = self.ranks.world_size - 1
@@ -294,7 +306,7 @@ def _without_a_store(caller: _Caller, obstacle: str) -> _Agreed:
 def _before_the_store(caller: _Caller, link: Link) -> _Agreed:
     """Rank 0, whose store opens when it gets to init_process_group: it must not wait for it here.
     The store is new then, and no attempt can have been counted in it."""
-    word = caller.own_word()
+    word = caller.own_word(told=True)
     return _Agreed(word=word, server=caller.server(None, link, word))
 
 
@@ -310,12 +322,13 @@ def _through_the_store(caller: _Caller, link: Link) -> _Agreed:
             return _Agreed(word=ask(store, link, caller.call, str(caller), caller.patience))
         run_id = claim(store, caller.call, caller.given, caller.new_id)
         number = count(store, run_id, caller.earlier.get(run_id, 0))
+        job_time_ns = began(store, run_id, caller.now_ns())
     except RuntimeError as error:
         raise IdentityError(
             f"{caller} lost {link.name} while the ranks agreed on a run: {error}; "
             "see why rank 0 or its node ended"
         ) from error
-    word = caller.word(run_id, number)
+    word = caller.word(run_id, number, job_time_ns)
     return _Agreed(word=word, server=None if caller.alone else caller.server(store, link, word))
 
 

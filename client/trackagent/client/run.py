@@ -120,6 +120,7 @@ class Run:
             "experiment": self.experiment,
             "run_name": self.name,
             "forked": forked,
+            "job_time_ns": who.job_time_ns,
         }
         # gRPC does not survive a fork: what a rank forks only writes its journal, and the agent reads that.
         self._sender = None if forked else Sender(producer, self._config, self._housekeep)

@@ -59,9 +59,16 @@ SLICE_POINTS = 50_000
     help="Write there instead of to the screen.",
 )
 @click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Only that attempt's.")
 @click.option("--gaps", "of_gaps", is_flag=True, help="Print where points are missing instead.")
 def export_command(
-    config: AgentConfig, run: str, form: str, output: Path | None, pattern: str, of_gaps: bool
+    config: AgentConfig,
+    run: str,
+    form: str,
+    output: Path | None,
+    pattern: str,
+    attempt: int | None,
+    of_gaps: bool,
 ) -> int:
     """Print every stored point of a run.
 
@@ -72,6 +79,8 @@ def export_command(
     Keys and columns: key, source, rank, attempt, step, time_ns, value.
     Values are exact. NaN and infinities are "NaN", "Infinity" and "-Infinity" in
     JSON, nan, inf and -inf in CSV. time_ns: nanoseconds since 1970-01-01 UTC.
+    Steps that a later attempt logged again are printed for each attempt; curves
+    show the last one's.
 
     \b
     With --gaps: source, attempt, reason, first_step, last_step,
@@ -82,12 +91,13 @@ def export_command(
     Examples:
       trackagent export latest > points.jsonl
       trackagent export latest --gaps --format csv
+      trackagent export latest --attempt 1
       trackagent export 4f2a --format csv --output points.csv --key 'train/*'
     """
     lines = _jsonl_lines if form == "jsonl" else _csv_lines
     with opened_store(config) as store, _destination(output) as out:
         run_id = store.run(run).run_id
-        gaps = store.gaps(run_id)
+        gaps = [gap for gap in store.gaps(run_id) if attempt in (None, gap.attempt)]
         if of_gaps:
             _write_gaps(gaps, form, out)
             return OK
@@ -96,6 +106,8 @@ def export_command(
         if form == "csv":
             out.write(",".join(CSV_COLUMNS) + "\n")
         for block in blocks:
+            if attempt not in (None, block.attempt):
+                continue
             for text in lines(block, pattern):
                 out.write(text)
         warn_of_damage(store.damage(run_id))

@@ -48,7 +48,9 @@ class BatchId:
 
 @dataclass(frozen=True, slots=True)
 class ProducerInfo:
-    """Who logs; the fields of trackagent.v1.Producer."""
+    """Who logs; the fields of trackagent.v1.Producer. `attempt` is the job's count. Where several jobs
+    continued one run, a store counts on over them, in order of job_time_ns; of a producer that does not know
+    its job (0), the last of them counts."""
 
     producer_id: bytes
     run_id: str
@@ -62,6 +64,7 @@ class ProducerInfo:
     experiment: str
     run_name: str
     forked: bool
+    job_time_ns: int = 0
 
     @property
     def source(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Set
 
 from trackagent.agent.store.contract import (
     BatchId,
@@ -75,8 +76,8 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
     source = _id_of(connection, "sources", also={"keys": ""}, run=run, source=info.source)
     connection.execute(
         "INSERT INTO producers (producer_id, run, source, attempt, rank, local_rank, world_size,"
-        " node, pid, start_time_ns, experiment, run_name, forked)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " node, pid, start_time_ns, experiment, run_name, forked, job_time_ns, said_attempt)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             info.producer_id,
             run,
@@ -91,9 +92,45 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
             experiment,
             info.run_name,
             info.forked,
+            info.job_time_ns,
+            info.attempt,
         ),
     )
+    _number_attempts(connection, run)
     return run
+
+
+def _number_attempts(connection: sqlite3.Connection, run: int) -> None:
+    """Counts the run's attempts over the jobs that continued it, in order of when each job first began it;
+    a job's own number stays where it can. Producers may come in any order."""
+    said = connection.execute(
+        "SELECT DISTINCT job_time_ns, said_attempt, attempt FROM producers WHERE run = ?", (run,)
+    ).fetchall()
+    numbers = attempt_numbers({(job, attempt) for job, attempt, _ in said})
+    connection.executemany(
+        "UPDATE producers SET attempt = ? WHERE run = ? AND job_time_ns = ? AND said_attempt = ?",
+        [
+            (numbers[job, attempt], run, job, attempt)
+            for job, attempt, number in said
+            if numbers[job, attempt] != number
+        ],
+    )
+
+
+def attempt_numbers(said: Set[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """The run's number of each attempt that a job (by when it began) has counted. Who does not know its job
+    (0) is of the last one that has counted as far. Pure."""
+    numbers: dict[tuple[int, int], int] = {}
+    last = 0
+    known = sorted(pair for pair in said if pair[0])
+    counted = {attempt for _, attempt in known}
+    jobless = [pair for pair in said if not pair[0]]
+    for job, attempt in sorted([*known, *(pair for pair in jobless if pair[1] not in counted)]):
+        last = numbers[job, attempt] = max(last + 1, attempt)
+    for job, attempt in jobless:
+        if attempt in counted:
+            numbers[job, attempt] = max(n for (_, one), n in numbers.items() if one == attempt)
+    return numbers
 
 
 def set_param(connection: sqlite3.Connection, producer: Producer, param: Setting) -> None:

@@ -7,7 +7,8 @@ lists show (`runs`, `streams`) is kept current by the writer, never counted.
 experiments  one a name
 runs         one a run, all that RunSummary shows
 sources      one a source of a run; keys: all keys it logged, joined by newlines
-producers    one a producer; end_status NULL while it has not ended
+producers    one a producer; end_status NULL while it has not ended. attempt: the run's count, made of
+             (job_time_ns, said_attempt) by runs.py
 keysets      one a tuple of keys that were logged together, by digest; keys joined by newlines
 streams      one a (producer, keyset): what these logged, in order of arrival. first_step and last_step are
              least and greatest, last_values the float64 values at (last_step, last_time_ns). fresh: chunks
@@ -234,5 +235,18 @@ def _version_3(database: Database) -> None:
     )
 
 
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2, _version_3)
+def _version_4(database: Database) -> None:
+    # attempt, as a job said it until now, is the run's own count over all jobs that continued it.
+    producers = database.table("producers")
+    producers.add_column("job_time_ns", int, not_null_default=0)
+    producers.add_column("said_attempt", int, not_null_default=0)
+    database.execute("UPDATE producers SET said_attempt = attempt")
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (
+    _version_1,
+    _version_2,
+    _version_3,
+    _version_4,
+)
 VERSION = len(MIGRATIONS)
