@@ -86,6 +86,12 @@ def check(notes: Iterable[Notes], stored: Mapping[str, StoredRun]) -> list[Viola
         run = stored.get(run_id, StoredRun())
         found += _Check(run).all_of(of_run[run_id])
         found += [Violation(WRONG, f"{run_id[:8]}: damage: {text}") for text in run.damage]
+        # No fault here damages a file: what the agent cannot read is its own or the client's doing.
+        found += [
+            Violation(WRONG, f"{run_id[:8]}: {event.message}")
+            for event in run.events
+            if "unreadable" in event.message and not event.message.startswith(MARK)
+        ]
     return found
 
 

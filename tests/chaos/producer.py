@@ -5,7 +5,10 @@ Logs until it is killed or the file STOP exists; see records.py for what, and fo
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -102,11 +105,21 @@ def die_when_told(switches: Switches, switch: str) -> None:
 
     def reached(step: Step) -> None:
         if next(left) == step.nth:
+            if step.with_agent:
+                # Or what is under way to it would still arrive.
+                with contextlib.suppress(ProcessLookupError, ValueError):  # another one was quicker
+                    os.kill(agent_pid(), signal.SIGKILL)
             die_at(switches, switch)
 
     for step in RANK_STEPS:
         if step.name == next_step(switches, switch):
             watch(step, reached)
+
+
+def agent_pid() -> int:
+    """Of the agent that runs, or ran last, on this node."""
+    about = Path(os.environ["TRACKAGENT_DIR"], "agent.lock").read_text()
+    return int(json.loads(about)["pid"])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Step(NamedTuple):
     """`what` is a statement of the agent's database `where`, at whose commit it dies, or, where that is "", a
     function of trackagent, as module:name (on the thread `thread`, where one is named). fresh: it is reached
     only when the agent's files are made. nth: which time it is to die there. at_end: it is reached by a rank
-    that is told to end."""
+    that is told to end. with_agent: the agent dies with the rank, a moment before."""
 
     name: str
     where: str
@@ -33,6 +33,7 @@ class Step(NamedTuple):
     thread: str = ""
     nth: int = 1
     at_end: bool = False
+    with_agent: bool = False
 
 
 AGENT_STEPS = (
@@ -91,6 +92,7 @@ RANK_STEPS = (
         "client.segment:Segment.remove",
         BEFORE,
         nth=2,
+        with_agent=True,
     ),
     Step(
         "a segment is unlinked, before the checkpoint",
@@ -98,8 +100,16 @@ RANK_STEPS = (
         "client.segment:Segment.remove",
         AFTER,
         nth=2,
+        with_agent=True,
     ),
-    Step("the checkpoint is written", "", "client.segment:Segment.acknowledge", AFTER, nth=5),
+    Step(
+        "the checkpoint is written",
+        "",
+        "client.segment:Segment.acknowledge",
+        AFTER,
+        nth=5,
+        with_agent=True,
+    ),
     Step(
         "the run has ended, its last word is not written",
         "",
@@ -139,11 +149,15 @@ class Connection(sqlite3.Connection):
         return self._under(statement, super().executemany, statement, *parameters)
 
     def executescript(self, script: str) -> sqlite3.Cursor:
-        if "COMMIT" in script:
-            for statement in script.split(";")[:-1]:
+        if "COMMIT" not in script:
+            return super().executescript(script)
+        statement = ""
+        for part in script.split(";"):
+            statement += f"{part};"
+            if sqlite3.complete_statement(statement):
                 self.execute(statement)
-            return self.cursor()
-        return super().executescript(script)
+                statement = ""
+        return self.cursor()
 
     def _under(
         self, statement: str, call: Callable[..., sqlite3.Cursor], *arguments: Any
@@ -152,7 +166,7 @@ class Connection(sqlite3.Connection):
         if not self.in_transaction:
             self._said = []
         self._said.append(text)
-        is_commit = text == "COMMIT"
+        is_commit = text.rstrip(";") == "COMMIT"
         # "before: disk I/O error", or "after: …": it fails, though it has been done.
         when, _, error = self.switches.get(self.where).partition(": ")
         writes = is_commit or text.startswith(("INSERT", "UPDATE", "DELETE"))

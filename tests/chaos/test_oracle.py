@@ -189,6 +189,12 @@ def test_a_wrong_count_is_found_when_all_have_ended() -> None:
     assert kinds(notes(state=RUNNING), run) == []
 
 
+def test_records_that_the_agent_could_not_read_are_found() -> None:
+    event = StoredEvent("rank 3", "error", "unreadable records: 8 bytes: zeroed", None)
+    run = stored()
+    assert kinds(notes(), replace(run, events=[*run.events, event])) == [oracle.WRONG]
+
+
 def test_damage_in_the_store_is_found() -> None:
     run = replace(stored(), damage=["12 points of loss/0"])
     assert check([notes()], {RUN_ID: run}) == [
