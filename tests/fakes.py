@@ -448,3 +448,12 @@ def said(folders: Folders, kind: record.Kind) -> list[Mapping[str, Any]]:
         if one.kind == kind
     ]
     return [one.data or {} for one in sorted(found, key=lambda one: one.time_ns)]
+
+
+def holes(folders: Folders) -> set[int]:
+    """The steps that the GAP records in the journals of `folders` name."""
+    # A gap that grew is there again, and is known by its reason and the time of its first call.
+    gaps = {(gap["reason"], gap["first_time_ns"]): gap for gap in said(folders, record.Kind.GAP)}
+    return {
+        step for gap in gaps.values() for step in range(gap["first_step"], gap["last_step"] + 1)
+    }

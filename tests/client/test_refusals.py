@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import Folders, logged_records, next_line, said, start_script, wait_until
+from tests.fakes import Folders, holes, logged_records, next_line, said, start_script, wait_until
 from trackagent.client import record
 from trackagent.client.errors import JournalError
 from trackagent.client.journal import Journal
@@ -188,10 +188,14 @@ def test_last_words_have_an_end(journal: Journal) -> None:
 # --- a run
 
 FILLS = """
-import sys
+import sys, threading
 from trackagent import client
 
 run = client.init(experiment="full")
+# The tags of git come a little later, and would be refused and counted as well.
+for thread in threading.enumerate():
+    if thread.name == "trackagent-git":
+        thread.join()
 for step in range(10_000):
     client.log({"loss": float(step)}, step=None if sys.argv[1] == "counted" else step)
 print("full", flush=True)
@@ -206,21 +210,22 @@ def test_a_full_journal_leaves_a_hole_where_it_was(folders: Folders, steps: str)
     with start_script(folders, FILLS, steps, **SMALL) as process:
         assert next_line(process) == "full"
         process.communicate("\n")
-    kept = [one.step for one in logged_records(folders)]
+    kept = {one.step for one in logged_records(folders)}
+    missing = holes(folders)
     assert 2000 < len(kept) < 10_000
-    assert kept == list(range(len(kept)))
-    missing = 10_000 - len(kept)
-    assert last_loss(folders) == {"journal full": missing}
-    assert gaps(folders)[-1] == ("journal full", len(kept), 9999, missing)
+    # Not one hole at the end, always: another lane may have had some room left.
+    assert (kept | missing, kept & missing) == (set(range(10_000)), set())
+    assert last_loss(folders) == {"journal full": len(missing)}
 
 
 def test_a_rank_that_is_killed_with_a_full_journal_has_told_its_loss(folders: Folders) -> None:
     with start_script(folders, FILLS, "given", **SMALL) as process:
         assert next_line(process) == "full"
-        kept = len(logged_records(folders))
+        lost = 10_000 - len(logged_records(folders))
         # At the next flush, all of it or at least half.
-        wait_until(lambda: 2 * sum(last_loss(folders).values()) > 10_000 - kept, "the loss is told")
+        wait_until(lambda: 2 * sum(last_loss(folders).values()) > lost, "the loss is told")
         os.kill(process.pid, signal.SIGKILL)
-    kept = len(logged_records(folders))
-    assert last_loss(folders)["journal full"] <= 10_000 - kept
-    assert gaps(folders)[-1][1] == kept
+    kept = {one.step for one in logged_records(folders)}
+    assert last_loss(folders)["journal full"] <= 10_000 - len(kept)
+    assert 2 * len(holes(folders)) > lost
+    assert holes(folders).isdisjoint(kept)

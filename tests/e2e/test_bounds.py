@@ -16,6 +16,7 @@ from tests.fakes import (
     DEADLINE_S,
     AgentProcess,
     Folders,
+    holes,
     logged_records,
     next_line,
     run_script,
@@ -99,7 +100,7 @@ def test_a_full_spool_pushes_back_drops_nothing_and_flows_on(
         assert status["spool"]["bytes"] <= status["spool"]["max_bytes"] == 16 << 20
         return int(status["spool"]["bytes"])
 
-    with start_script(folders, BIG) as process:
+    with start_script(folders, BIG, TRACKAGENT_EXIT_TIMEOUT_S="50") as process:
         with locked(folders):
             run_id = next_line(process)
             # 21 MB: more than fits. The rest waits in the journal.
@@ -117,9 +118,12 @@ def test_a_full_spool_pushes_back_drops_nothing_and_flows_on(
 # --- file systems that are full
 
 FILL = """
-import sys
+import sys, threading
 from trackagent import client
 run = client.init(experiment="small")
+for thread in threading.enumerate():
+    if thread.name == "trackagent-git":
+        thread.join()
 step = 0
 while step < 60_000:
     client.log({"loss": float(step)})
@@ -144,8 +148,6 @@ def test_full_memory_and_a_full_disk_refuse_count_and_go_on(small_file_system: P
     variables = {"TRACKAGENT_SEGMENT_BYTES": "65536", "TRACKAGENT_MEMORY_BYTES": "262144"}
     with start_script(folders, FILL, **variables) as process:
         assert next_line(process) == "full"
-        kept = [one.step for one in logged_records(folders)]
-        assert kept == list(range(len(kept)))
         # In memory first, then on the disk, which is the same small file system here.
         assert [len(list(path.glob("*.seg"))) > 1 for path in folders.journals()] == [True, True]
         wait_until(lambda: said(folders, Kind.GAP), "the hole is told while all is full")
@@ -153,8 +155,7 @@ def test_full_memory_and_a_full_disk_refuse_count_and_go_on(small_file_system: P
         process.communicate("\n", timeout=DEADLINE_S)
     assert process.returncode == 0
     steps = {one.step for one in logged_records(folders)}
-    gaps = {gap["first_time_ns"]: gap for gap in said(folders, Kind.GAP)}.values()
-    missing = {n for gap in gaps for n in range(gap["first_step"], gap["last_step"] + 1)}
+    missing = holes(folders)
     assert (steps | missing, steps & missing) == (set(range(60_100)), set())
     assert 60_099 in steps
     assert said(folders, Kind.LOSS)[-1] == {"journal full": len(missing)}
