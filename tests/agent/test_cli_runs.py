@@ -240,11 +240,14 @@ def test_show_says_not_known_of_an_ended_run_that_could_not_say(tmp_path: Path) 
     who = producer(LIVE, 0, "busy-bee").producer_id
     writer.write(Batch(BatchId("end", 1, 1), ends=[ProducerEnd(who, START_NS, "killed", "", -1)]))
     writer.close()
-    assert shown_fact(output(tmp_path, "show"), "records") == "5 stored, not known logged"
+    assert (
+        shown_fact(output(tmp_path, "show"), "records")
+        == "5 stored; a rank ended without its count"
+    )
 
 
 def test_show_says_until_when_records_logged_are_not_known(state: Path) -> None:
-    expected = "5 stored, not known before all ranks end logged"
+    expected = "5 stored; ranks count theirs when they end"
     assert shown_fact(output(state, "show", LIVE), "records") == expected
 
 

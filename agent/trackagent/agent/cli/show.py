@@ -149,10 +149,12 @@ def _print_facts(out: Console, run: RunSummary, losses: dict[str, int]) -> None:
     facts.add_row("ranks", f"{run.ranks} of {run.world_size}, attempt {run.attempt}")
     if run.error:
         facts.add_row("error", safe(run.error, "red"))
-    unknown = "not known before all ranks end" if run.status == "running" else "not known"
-    logged = unknown if run.records_logged is None else run.records_logged
+    logged = f", {run.records_logged} logged"
+    if run.records_logged is None:
+        running = run.status == "running"
+        logged = f"; {'ranks count theirs when they end' if running else 'a rank ended without its count'}"
     style = "yellow" if run.records_logged not in (None, run.records_stored) else ""
-    facts.add_row("records", safe(f"{run.records_stored} stored, {logged} logged", style))
+    facts.add_row("records", safe(f"{run.records_stored} stored{logged}", style))
     why = ", ".join(f"{reason} {count}" for reason, count in sorted(losses.items()))
     lost = counted(run.lost_records, "record") + (f": {why}" if why else "")
     facts.add_row("lost", safe(lost, "bold red" if run.lost_records else ""))
