@@ -145,8 +145,13 @@ def test_a_folder_open_to_others_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_folder_open_to_its_group_is_fine_where_it_is_shared(tmp_path: Path) -> None:
-    tmp_path.chmod(0o770)
+    tmp_path.chmod(0o710)
     assert folder_status(tmp_path, shared=True) == "ok"
+
+
+def test_a_folder_in_which_others_may_write_is_a_failure(tmp_path: Path) -> None:
+    tmp_path.chmod(0o770)
+    assert folder_status(tmp_path, shared=True) == "fail"
 
 
 def test_a_folder_of_another_user_is_a_failure(tmp_path: Path) -> None:

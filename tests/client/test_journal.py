@@ -448,9 +448,13 @@ def bad_folders(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     file = tmp_path / "file"
     file.touch()
     return {
-        "link": (link, f"{link} is not a folder (a link?)"),
-        "everyone": (everyone, f"{everyone} can be written by everyone"),
-        "file": (file, "File exists"),
+        "link": (link, f"{link} is a link: name the folder that it leads to"),
+        "everyone": (
+            everyone,
+            f"{everyone} can be written by everyone (mode 0777): chmod go-w {everyone}, or choose another "
+            "folder",
+        ),
+        "file": (file, f"{file} is not a folder: choose another"),
         "below a file": (file / "dir", "Not a directory"),
         "not there": (Path("/proc/trackagent"), "No such file or directory"),
     }
@@ -474,8 +478,8 @@ def test_another_users_folder_is_refused(
     open_journal: Callable[..., Journal], folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders.directory.mkdir(parents=True, mode=0o700)
-    uid = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
     with pytest.raises(JournalError, match=f"{folders.directory} belongs to user {uid}"):
         open_journal(state_directory=folders.directory)
 

@@ -27,9 +27,11 @@ from trackagent.client.config import (
 from trackagent.client.errors import ConfigError as ClientConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+SPOOL_NAME = "spool.db"
 STORE_NAME = "store.db"
 LOCK_NAME = "agent.lock"
 DEAD_LETTERS_NAME = "dead-letters"
+QUARANTINE_NAME = "quarantine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,11 @@ class AgentConfig:
     def dead_letters_path(self) -> Path:
         """The folder of what sinks have rejected."""
         return self.state_directory / DEAD_LETTERS_NAME
+
+    @property
+    def quarantine_path(self) -> Path:
+        """The folder of what cannot be read."""
+        return self.state_directory / QUARANTINE_NAME
 
     @property
     def lock_path(self) -> Path:

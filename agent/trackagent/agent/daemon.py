@@ -13,20 +13,21 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import trackagent.agent.store as store
 from trackagent.agent import server
-from trackagent.agent.config import AgentConfig
+from trackagent.agent.config import LOCK_NAME, QUARANTINE_NAME, SPOOL_NAME, STORE_NAME, AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
-from trackagent.client.folder import private_folder
+from trackagent.client.trust import check_file, check_folder, private_folder
 from trackagent.protos.v1 import agent_pb2
 
 logger = logging.getLogger(__name__)
@@ -44,21 +45,56 @@ def serve(config: AgentConfig) -> int:
     _allow_files(config.max_streams)
     started_ns = time.time_ns()
     version = importlib.metadata.version("trackagent")
-    try:
-        private_folder(config.directory)
-        private_folder(config.state_directory)
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise AgentError(f"cannot use the agent's folders: {what}") from error
     if config.group is not None:
         try:
             grp.getgrnam(config.group)
         except KeyError:
             raise AgentError(f"there is no group {config.group!r}: give another --group") from None
     about = {"pid": os.getpid(), "started_ns": started_ns, "version": version}
-    with _held(config.lock_path, about), _held(config.state_directory / "agent.lock", about):
-        asyncio.run(_run(config, version, started_ns))
+    with _private_files():
+        take_folders(config)
+        with _held(config.lock_path, about), _held(config.state_directory / LOCK_NAME, about):
+            asyncio.run(_run(config, version, started_ns))
     return 0
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """What is made meanwhile is for this user alone."""
+    mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(mask)
+
+
+def take_folders(config: AgentConfig) -> None:
+    """Makes the agent's folders. AgentError when one cannot be used, or when another user could meddle with
+    what is there or has put something there."""
+    try:
+        _check_folders(config)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise AgentError(f"cannot use the agent's folders: {what}") from error
+
+
+def _check_folders(config: AgentConfig) -> None:
+    state = config.state_directory
+    for folder in (config.directory, state):
+        private_folder(folder)
+    inner = [
+        base / name for base in (config.directory, state) for name in ("journals", QUARANTINE_NAME)
+    ]
+    inner += [config.dead_letters_path]
+    inner += [path for path in config.dead_letters_path.glob("*") if not path.is_file()]
+    for folder in inner:
+        if os.path.lexists(folder) and not folder.is_file():
+            check_folder(folder)
+    names = [f"{name}{end}" for name in (SPOOL_NAME, STORE_NAME) for end in ("", "-wal", "-shm")]
+    for file in (config.lock_path, state / LOCK_NAME, *(state / name for name in names)):
+        check_file(file)
+        with contextlib.suppress(FileNotFoundError):
+            file.chmod(0o600)
 
 
 def _allow_files(streams: int) -> None:
@@ -80,7 +116,7 @@ def _allow_files(streams: int) -> None:
 
 
 async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
-    spool = Spool(config.state_directory / "spool.db", max_bytes=config.spool_bytes)
+    spool = Spool(config.state_directory / SPOOL_NAME, max_bytes=config.spool_bytes)
     try:
         writer = store.open_writer(config.store_path)
     except BaseException:
@@ -94,9 +130,7 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
             config.dead_letters_path, StoreSink.name, max_bytes=config.dead_letter_bytes
         ),
     )
-    orphans = Orphans(
-        spool, config.directory, config.state_directory, config.state_directory / "quarantine"
-    )
+    orphans = Orphans(spool, config.directory, config.state_directory, config.quarantine_path)
 
     lost_before: dict[str, int] | None = None
     with contextlib.suppress(store.StoreError):
@@ -130,15 +164,13 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # Whoever connects to a socket that a killed agent left is refused; the lock says that it is nobody's.
     config.socket_path.unlink(missing_ok=True)
-    mask = os.umask(0o177)
     try:
         listening = await server.start(
             servicer, f"unix:{config.socket_path}", config.max_batch_bytes
         )
     except OSError as error:
         raise AgentError(f"{error}; give another --dir") from error
-    finally:
-        os.umask(mask)
+    config.socket_path.chmod(0o600)
     _open_to_group(config)
     pipeline.start()
     orphans.start()
@@ -170,8 +202,10 @@ def _open_to_group(config: AgentConfig) -> None:
     if config.group is None:
         return
     try:
-        shutil.chown(config.directory, group=config.group)
-        config.directory.chmod(0o710)
+        # A folder that is not the agent's alone (/run) and that everyone may enter stays as it is.
+        if not config.directory.stat().st_mode & stat.S_IXOTH:
+            shutil.chown(config.directory, group=config.group)
+            config.directory.chmod(0o710)
         shutil.chown(config.socket_path, group=config.group)
         config.socket_path.chmod(0o660)
     except PermissionError as error:
@@ -185,7 +219,8 @@ def _held(path: Path, about: dict[str, object]) -> Iterator[None]:
     """Holds the lock file, with `about` in it for others to read. AgentError names the process that
     holds it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
     except OSError as error:
         raise AgentError(
             f"cannot write {path}: {error.strerror}; give another folder with --dir or --state"

@@ -24,6 +24,7 @@ from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
 from trackagent.client.config import MAX_SOCKET_PATH_BYTES, ClientConfig, socket_address
 from trackagent.client.errors import TrackagentError
+from trackagent.client.trust import why_refused
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -213,8 +214,10 @@ def check_folder(name: str, folder: Path, uid: int, *, shared: bool) -> Check:
         )
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return Check(name, "fail", f"{folder} is not writable", f"chmod u+rwx {folder}")
+    if why := why_refused(folder):
+        return Check(name, "fail", why, f"make it private, or choose another ({_setting(name)})")
     if mode & (0o007 if shared else 0o077):
-        advice = f"chmod {'0770' if shared else '0700'} {folder}"
+        advice = f"chmod {'0710' if shared else '0700'} {folder}"
         return Check(name, "warn", f"{folder} is open to other users (mode {mode:04o})", advice)
     return Check(name, "ok", f"{folder} (mode {mode:04o})")
 

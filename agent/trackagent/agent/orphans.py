@@ -19,11 +19,13 @@ import os
 import re
 import shutil
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from trackagent.agent import deaths, producers
 from trackagent.agent.quarantine import set_aside
@@ -33,6 +35,7 @@ from trackagent.client import record
 from trackagent.client.folder import LOCK_NAME
 from trackagent.client.record import Kind
 from trackagent.client.segment import HEADER_BYTES, SUFFIX, read_header
+from trackagent.client.trust import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +111,8 @@ class Orphans(threading.Thread):
         """Lets the spool forget who ended long ago, but no one whose journal might come again. Deletes what
         processes left that were killed while they made their folder."""
         try:
-            being_made = {path for base in self._bases for path in base.glob(".*")}
+            found = (path for base in self._bases for path in base.glob(".*"))
+            being_made = {path for path in found if _is_our_folder(path)}
             for path in being_made & self._being_made:
                 with _locked(path) as free:
                     if free:
@@ -151,6 +155,10 @@ class Orphans(threading.Thread):
 
     def _look_at(self, name: str) -> None:
         folders = self._folders_of(name)
+        for folder in folders:
+            # Its owner may be deleting it just now.
+            with contextlib.suppress(FileNotFoundError):
+                check_folder(folder)
         with contextlib.ExitStack() as locks:
             if all(locks.enter_context(_locked(folder)) for folder in folders):
                 # One that was made before its owner died must not be missed.
@@ -300,7 +308,10 @@ class Orphans(threading.Thread):
                 except (ValueError, KeyError, TypeError, producers.BadIdentity) as error:
                     if problems is not None:
                         name = f"{folder.name}-{path.name}"
-                        target = set_aside(path, self._quarantine, name, str(error))
+                        # Moved within its file system, nothing of what is not ours is read or copied.
+                        here = folder.parent.parent / self._quarantine.name
+                        place = here if isinstance(error, _NotOurs) else self._quarantine
+                        target = set_aside(path, place, name, str(error))
                         problems.append(
                             f"a journal segment is unreadable ({error}): set aside as {target}"
                         )
@@ -309,11 +320,9 @@ class Orphans(threading.Thread):
 def _found(path: Path) -> _Found | None:
     """The segment at `path`, None for a spare. ValueError and others, with what is wrong, when it cannot be
     read."""
-    if not path.is_file():
-        raise ValueError("not a file")
-    if path.stat().st_size == 0:
-        return None  # its owner ended while it made it
-    with path.open("rb") as file:
+    with _opened(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return None  # its owner ended while it made it
         header = read_header(file.read(HEADER_BYTES))
         if header is None:
             if any(file.read(8)):
@@ -353,13 +362,47 @@ def _folders(base: Path) -> Iterator[str]:
 def _in_the_making(base: Path) -> Iterator[Path]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in base.iterdir():
-            if _IN_THE_MAKING.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            if _IN_THE_MAKING.fullmatch(path.name) and _is_our_folder(path):
                 yield path
+
+
+def _is_our_folder(path: Path) -> bool:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+
+
+class _NotOurs(ValueError):
+    """What lies in a journal and is no file of this user's alone: it may lead to anything."""
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The segment file at `path`, for reading. _NotOurs for what no rank of this user has written there:
+    nothing else is opened, followed or waited for."""
+    _check_ours(path.lstat())
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_ours(os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_ours(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _NotOurs("not a file")
+    if status.st_uid != os.geteuid():
+        raise _NotOurs(f"it belongs to user {status.st_uid}")
+    if status.st_nlink > 1:
+        raise _NotOurs(f"it has {status.st_nlink} names: a hard link")
 
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[memoryview]:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with data, memoryview(data) as view:
         yield view
@@ -369,7 +412,8 @@ def _mapped(path: Path) -> Iterator[memoryview]:
 def _locked(folder: Path) -> Iterator[bool]:
     """Holds the journal's lock; False while its owner lives."""
     try:
-        descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(folder / LOCK_NAME, flags, 0o600)
     except FileNotFoundError:  # its owner is deleting it just now
         yield False
         return

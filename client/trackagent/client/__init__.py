@@ -98,7 +98,7 @@ def init(
     import logging
     import threading
 
-    from trackagent.client import exits, facts, identity, values
+    from trackagent.client import exits, facts, identity, trust, values
     from trackagent.client.config import ClientConfig
     from trackagent.client.errors import ConfigError, ValueRefused
     from trackagent.client.run import Run
@@ -115,6 +115,10 @@ def init(
     decision = identity.decide(run_id=run_id, timeout_s=config.identity_timeout_s)
     for warning in decision.warnings:
         logging.getLogger("trackagent").warning("%s", warning)
+    # One of the two will do: another user must not be able to keep training from starting.
+    for folder in (config.directory, config.state_directory):
+        if why := trust.why_refused(folder):
+            logging.getLogger("trackagent").warning("no journal is kept there: %s", why)
     who = decision.identity
 
     git = threading.Thread(target=lambda: _record_git(run), name="trackagent-git", daemon=True)

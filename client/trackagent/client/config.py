@@ -84,6 +84,9 @@ class ClientConfig:
     agent: str
     """gRPC address of the agent's socket: unix:/path."""
 
+    agent_user: str = ""
+    """User whose agent is trusted beside this user's own and root's: a name or a number; empty: nobody."""
+
     segment_bytes: int = 1024 * 1024
     """Size of a journal segment file."""
 
@@ -119,6 +122,23 @@ class ClientConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name)}: give seconds between 0 and 86400"
                 )
+
+    def agent_owners(self) -> frozenset[int]:
+        """The ids of the users whose agent is trusted beside this user's own and root's. ConfigError when the
+        system does not know them."""
+        if not self.agent_user:
+            return frozenset()
+        if self.agent_user.isdecimal():
+            return frozenset([int(self.agent_user)])
+        import pwd  # rarely needed
+
+        try:
+            return frozenset([pwd.getpwnam(self.agent_user).pw_uid])
+        except KeyError:
+            raise ConfigError(
+                f"agent_user is {self.agent_user!r}, whom this system does not know: give the name or number "
+                "of the user who runs the agent (TRACKAGENT_AGENT_USER)"
+            ) from None
 
     @classmethod
     def load(

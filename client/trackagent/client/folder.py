@@ -6,9 +6,10 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 from itertools import count
 from pathlib import Path
+
+from trackagent.client.trust import private_folder
 
 LOCK_NAME = "lock"
 
@@ -62,19 +63,3 @@ class ProducerFolder:
                 self.path.rmdir()
         os.close(self._lock)
         self._lock = None
-
-
-def private_folder(path: Path) -> Path:
-    """Makes `path` with its parents, for this user alone, and returns it.
-
-    PermissionError when it exists and is a symbolic link, another user's, or open to others' writing.
-    """
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise PermissionError(errno.EPERM, f"{path} is not a folder (a link?)")
-    if status.st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, f"{path} belongs to user {status.st_uid}")
-    if status.st_mode & stat.S_IWOTH:
-        raise PermissionError(errno.EPERM, f"{path} can be written by everyone")
-    return path

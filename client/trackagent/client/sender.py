@@ -16,11 +16,13 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from trackagent.client.config import ClientConfig
 from trackagent.client.journal import Journal
+from trackagent.client.trust import check_socket
 
 if TYPE_CHECKING:
     import grpc
@@ -51,6 +53,7 @@ class Sender:
     ) -> None:
         self._producer = producer
         self._config = config
+        self._agent_owners = config.agent_owners()
         self._housekeep = housekeep
         self._journal: Journal
         self._awake = threading.Lock()
@@ -152,8 +155,18 @@ class Sender:
     def _connect(self) -> bool:
         """Opens a stream; False, and a warning at the first time, when no agent answers."""
         address = self._config.agent
-        if address.startswith("unix:") and not os.path.exists(address.removeprefix("unix:")):
+        try:
+            check_socket(Path(address.removeprefix("unix:")), self._agent_owners)
+        except FileNotFoundError:
             return self._nobody_answers(f"no agent listens at {address}")
+        except OSError as error:
+            self._warn(
+                f"nothing is sent to {address}: {error.strerror}; records are kept in "
+                f"{self._config.directory} or {self._config.state_directory} (if it is the agent of a user "
+                "whom you trust: name them in TRACKAGENT_AGENT_USER)"
+            )
+            self._given_up = self._draining
+            return False
         # gRPC prints a line at every fork unless told so before its import.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         import grpc
