@@ -54,6 +54,9 @@ class MemoryStore:
     def close(self) -> None:
         pass
 
+    def last_written(self, origin: str) -> int:
+        return max((id_.last for id_ in self._state.applied if id_.origin == origin), default=0)
+
     def compact(self, deadline_s: float) -> bool:
         return False
 

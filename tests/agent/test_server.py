@@ -597,8 +597,8 @@ def test_status_shows_producers_with_what_is_committed(served: Served) -> None:
 
 
 def test_status_of_a_producer_that_holds_as_much_as_can_be(served: Served) -> None:
-    served.open(held=dict.fromkeys(range(MAX_LANES), server.MAX_OFFSET - 8))
-    (one,) = served.status().producers
+    served.open(1, held=dict.fromkeys(range(MAX_LANES), server.MAX_OFFSET - 8))
+    _, one = served.status().producers
     assert one.committed_bytes == MAX_LANES * (server.MAX_OFFSET - 8)
 
 

@@ -32,6 +32,7 @@ from trackagent.agent.spool import (
     SpoolFull,
     UnknownProducer,
 )
+from trackagent.client import record
 
 OpenSpool = Callable[..., Spool]
 ANY_SIZE = 1 << 30
@@ -139,10 +140,28 @@ def test_opening_again_tells_what_is_committed(opened: Spool) -> None:
     assert opened.open_producer(producer(), {}).result() == {2: len(DATA)}
 
 
-def test_a_producer_that_holds_only_later_bytes_goes_on_from_there(opened: Spool) -> None:
-    assert opened.open_producer(producer(), {0: 4096}).result() == {0: 4096}
-    opened.append(ID, 0, 4096, DATA).result()
-    assert spooled(opened) == [(0, 4096, DATA)]
+def test_a_new_producer_that_holds_only_later_bytes_goes_on_from_there(spool: Spool) -> None:
+    assert spool.open_producer(producer(), {0: 4096}).result() == {0: 4096}
+    spool.append(ID, 0, 4096, DATA).result()
+    spool.add_sink("store").result()
+    assert spooled(spool) == [(0, 4096, DATA)]
+
+
+def test_bytes_that_a_known_producer_no_longer_holds_are_told_in_the_run(opened: Spool) -> None:
+    opened.append(ID, 0, 0, DATA).result()
+    opened.open_producer(producer(), {0: len(DATA) + 800}).result()
+    [_, told] = delivery(opened).batches
+    event, loss = (
+        record.decode(told.journal_bytes, at) for at in record.scan(told.journal_bytes).offsets
+    )
+    assert (event.data or {})["message"].startswith(
+        f"800 bytes of lane 0 before offset {len(DATA) + 800}"
+    )
+    assert (told.lane, loss.kind, loss.data) == (
+        AGENT_LANE,
+        record.Kind.LOSS,
+        {"lost with a damaged spool": 1},
+    )
 
 
 def test_holding_less_than_is_committed_changes_nothing(opened: Spool) -> None:
@@ -263,8 +282,10 @@ def test_a_spool_of_a_newer_version_is_refused_with_what_to_do(
     open_spool().close()
     with sqlite3.connect(folders.state / "spool.db") as connection:
         connection.execute("PRAGMA user_version = 99")
+        connection.execute("DROP TABLE spool")
+        connection.execute("DROP TABLE spool_copy")
     connection.close()
-    with pytest.raises(SpoolError, match=r"spool\.db has version 99.*newer trackagent"):
+    with pytest.raises(SpoolError, match=r"spool\.db has version 99.*the trackagent that wrote it"):
         open_spool()
 
 
@@ -308,17 +329,19 @@ def forgetful(opened: Spool, monkeypatch: pytest.MonkeyPatch) -> Spool:
 
 
 def test_a_producer_that_ended_long_ago_is_forgotten(forgetful: Spool) -> None:
-    forgetful.open_producer(producer(), {0: 800}).result()
+    forgetful.append(ID, 0, 0, DATA).result()
+    forgetful.delivered("store", delivery(forgetful).id.last).result()
     forgetful.end_producer(ID).result()
     forgetful.forget_ended([]).result()
     assert forgetful.committed(ID).result() == {}
 
 
 def test_a_producer_whose_journal_may_come_again_is_not_forgotten(forgetful: Spool) -> None:
-    forgetful.open_producer(producer(), {0: 800}).result()
+    forgetful.append(ID, 0, 0, DATA).result()
+    forgetful.delivered("store", delivery(forgetful).id.last).result()
     forgetful.end_producer(ID).result()
     forgetful.forget_ended([ID]).result()
-    assert forgetful.committed(ID).result() == {0: 800}
+    assert forgetful.committed(ID).result() == {0: len(DATA)}
 
 
 def test_a_producer_whose_bytes_wait_is_not_forgotten(forgetful: Spool) -> None:
@@ -330,9 +353,10 @@ def test_a_producer_whose_bytes_wait_is_not_forgotten(forgetful: Spool) -> None:
 
 
 def test_a_producer_that_has_not_ended_is_not_forgotten(forgetful: Spool) -> None:
-    forgetful.open_producer(producer(), {0: 800}).result()
+    forgetful.append(ID, 0, 0, DATA).result()
+    forgetful.delivered("store", delivery(forgetful).id.last).result()
     forgetful.forget_ended([]).result()
-    assert forgetful.committed(ID).result() == {0: 800}
+    assert forgetful.committed(ID).result() == {0: len(DATA)}
 
 
 def test_keys_told_at_the_opening_are_known(spool: Spool) -> None:
@@ -371,16 +395,16 @@ def many_pages(open_spool: OpenSpool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "length"),
-    [(0, 4096), (4096, 8192), (60_000, 40_000)],
+    ("start", "length", "left"),
+    [(0, 4096, 1), (4096, 8192, 0), (80_000, 40_000, 1)],
     ids=["head", "start", "middle"],
 )
 def test_a_damaged_spool_does_not_block_a_start(
-    open_spool: OpenSpool, folders: Folders, start: int, length: int
+    open_spool: OpenSpool, folders: Folders, start: int, length: int, left: int
 ) -> None:
     many_pages(open_spool)
     overwritten(folders.state / "spool.db", start, length)
-    assert open_spool().statistics().result()["batches"] == 0
+    assert open_spool().statistics().result()["batches"] == left
 
 
 def test_a_damaged_spool_is_set_aside_as_it_was(open_spool: OpenSpool, folders: Folders) -> None:
@@ -399,7 +423,9 @@ def test_the_reason_lies_beside_a_spool_that_was_set_aside(
     overwritten(folders.state / "spool.db", 0, 4096)
     open_spool()
     (reason,) = (folders.state / "quarantine").glob("*.reason")
-    assert reason.read_text() == "file is not a database\n"
+    assert reason.read_text().startswith(
+        "file is not a database of this program (byte 0 of its head);"
+    )
 
 
 def test_the_log_of_a_damaged_spool_is_set_aside_with_it(
@@ -410,7 +436,7 @@ def test_the_log_of_a_damaged_spool_is_set_aside_with_it(
     other = sqlite3.connect(folders.state / "spool.db")
     other.execute("CREATE TABLE other (x)")
     log = (folders.state / "spool.db-wal").read_bytes()
-    overwritten(folders.state / "spool.db", 60_000, 40_000)
+    overwritten(folders.state / "spool.db", 0, 4096)
     open_spool()
     aside = list((folders.state / "quarantine").glob("*-spool.db-wal"))
     other.close()
@@ -424,8 +450,10 @@ def test_a_spool_set_aside_is_told_with_its_place(
     overwritten(folders.state / "spool.db", 0, 4096)
     open_spool()
     (aside,) = (folders.state / "quarantine").glob("*-spool.db")
-    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == [
-        f"{folders.state / 'spool.db'} is unreadable (file is not a database): set aside as {aside}"
+    assert [one.getMessage() for one in caplog.records if one.levelname == "ERROR"] == [
+        f"{folders.state / 'spool.db'} is unreadable (file is not a database of this program (byte 0 of its "
+        "head); 1 batches and 1 producers are brought over, known to be missing: nothing): set aside as "
+        f"{aside}"
     ]
 
 

@@ -39,12 +39,24 @@ class GroupCommit:
     alone; when the commit fails, all of it is rolled back and all of its futures fail. For each job
     rolled back its `undo` is called, which takes back what the job changed in memory.
 
-    linger_s: how long a patient job may wait for others to share its commit.
+    linger_s: how long a patient job may wait for others to share its commit. is_damage: whether an error
+    says that the file is damaged; then all of the transaction fails, and `mend` gives the connection for the
+    next one (if it cannot, the next one fails with what it raised, and it is asked again).
     """
 
-    def __init__(self, connection: sqlite3.Connection, *, linger_s: float) -> None:
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        *,
+        linger_s: float,
+        is_damage: Callable[[Exception], bool] = lambda _: False,
+        mend: Callable[[Exception], sqlite3.Connection] | None = None,
+    ) -> None:
         self._connection = connection
         self._linger_s = linger_s
+        self._is_damage = is_damage
+        self._mend = mend
+        self._damage: Exception | None = None
         self._jobs: SimpleQueue[_Job[Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
@@ -97,15 +109,18 @@ class GroupCommit:
     def _commit(self, jobs: list[_Job[Any]]) -> None:
         done: list[tuple[_Job[Any], Any]] = []
         failed: list[tuple[_Job[Any], Exception]] = []
-        execute = self._connection.execute
         try:
+            if self._damage is not None and self._mend is not None:
+                self._connection = self._mend(self._damage)
+                self._damage = None
+            execute = self._connection.execute
             execute("BEGIN IMMEDIATE")
             for job in jobs:
                 execute("SAVEPOINT job")
                 try:
                     done.append((job, job.work()))
                 except Exception as error:
-                    if not self._connection.in_transaction:
+                    if not self._connection.in_transaction or self._is_damage(error):
                         raise  # SQLite has rolled everything back by itself: its disk is full
                     execute("ROLLBACK TO job")
                     job.undo()
@@ -113,10 +128,12 @@ class GroupCommit:
                 execute("RELEASE job")
             execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - goes to all who asked
-            if self._connection.in_transaction:
+            if self._damage is None and self._is_damage(error):
+                self._damage = error
+            with contextlib.suppress(sqlite3.Error):
                 # Should this fail as well, the next BEGIN fails, which leads here again.
-                with contextlib.suppress(sqlite3.Error):
-                    execute("ROLLBACK")
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
             settled = {id(job) for job, _ in failed}
             for job in jobs:
                 if id(job) not in settled:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trackagent.agent.spool import Delivery, SpooledBatch
+from trackagent.agent.spool import AGENT_LANE, Delivery, SpooledBatch
 from trackagent.agent.store.contract import (
     Batch,
     EventData,
@@ -194,7 +194,9 @@ def _decode_other(spooled: SpooledBatch, found: record.Record, out: _Decoded) ->
             raise ValueError(f"status {status!r}")
         out.ends.append(ProducerEnd(producer_id, time_ns, status, str(data["error"]), logged))
     elif found.kind == Kind.LOSS:
-        out.losses += [Loss(producer_id, reason, _count(n)) for reason, n in data.items()]
+        # A producer counts from its beginning; what the agent itself says comes on top each time.
+        more = spooled.lane == AGENT_LANE
+        out.losses += [Loss(producer_id, reason, _count(n), more) for reason, n in data.items()]
     elif found.kind == Kind.GAP:
         places = ("first_step", "last_step", "first_time_ns", "last_time_ns")
         figures = {name: _count(data[name], low=NO_STEP) for name in places}

@@ -242,7 +242,11 @@ class Orphans(threading.Thread):
         if not segments:
             return None
         info = segments[0].info
-        committed = self._spool.open_producer(info, {}).result()
+        # Of a new producer, what was before is delivered elsewhere.
+        held: dict[int, int] = {}
+        for found in segments:
+            held.setdefault(found.lane, max(found.base, found.acknowledged))
+        committed = self._spool.open_producer(info, held).result()
         for problem in problems:
             event = {"level": "error", "message": problem}
             self._spool.append_own(info.producer_id, _encode(Kind.EVENT, event)).result()
@@ -252,7 +256,7 @@ class Orphans(threading.Thread):
                 break  # the owner went on while the headers were read: the next look finds what is between
             first = max(found.base, found.acknowledged)
             if first > committed.get(found.lane, 0):
-                # What was before is delivered elsewhere or lost: go on with what there is.
+                # What was before is lost, and the spool says so in the run: go on with what there is.
                 committed = self._spool.open_producer(info, {found.lane: first}).result()
             end = following.base if following is not None and more else None
             self._read_segment(found, committed.get(found.lane, 0), end, live=live)

@@ -20,8 +20,8 @@ from typing import TypeVar
 
 from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import decode
-from trackagent.agent.sinks.contract import Sink
-from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch
+from trackagent.agent.sinks.contract import Remembers, Sink
+from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
 from trackagent.agent.store.contract import EventData, Rejected
 from trackagent.client import record
 from trackagent.client.record import Kind
@@ -91,6 +91,7 @@ class Pipeline(threading.Thread):
 
     def _feed(self) -> None:
         """Until told to stop and either nothing is left or the time is up."""
+        self._until_done(self._agree)
         seen = 0
         idle_work = True
         while True:
@@ -113,8 +114,19 @@ class Pipeline(threading.Thread):
             else:
                 seen = self._spool.wait(seen, 0.5)
 
+    def _agree(self) -> None:
+        """The sink's own word for what it has counts where the spool knows of less."""
+        origin = self._spool.add_sink(self._sink.name).result()
+        if isinstance(self._sink, Remembers):
+            last = self._sink.last_accepted(origin)
+            self._spool.accepted(self._sink.name, origin, last).result()
+
     def _next(self) -> Delivery | None:
-        return self._spool.next_delivery(self._sink.name, DELIVERY_BYTES, self._most).result()
+        try:
+            return self._spool.next_delivery(self._sink.name, DELIVERY_BYTES, self._most).result()
+        except UnknownSink:
+            self._agree()
+            raise
 
     def _idle(self) -> bool:
         try:

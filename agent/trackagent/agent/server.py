@@ -32,6 +32,8 @@ SERVICE = "trackagent.v1.Agent"
 MAX_UNCOMMITTED = 32
 # Producers that one stream may speak for (a rank: one; an agent that forwards: its ranks).
 MAX_PRODUCERS = 1024
+# What `trackagent status` says of batches that a damaged spool had, and whose runs nobody knows any more.
+LOST_BATCHES = "batches of unknown runs, lost with a damaged spool"
 # The offsets of all of a producer's lanes together fit 64 bits.
 MAX_OFFSET = 1 << 56
 
@@ -191,6 +193,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 state="connected" if self._connected[info.producer_id] else "disconnected",
             )
         await self._describe(response)
+        if statistics["lost_batches"]:
+            response.lost_records[LOST_BATCHES] = statistics["lost_batches"]
         return response
 
 

@@ -13,63 +13,42 @@ sqlite3.Error, and then nothing of that call was kept.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
+import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from trackagent.agent.commits import GroupCommit
-from trackagent.agent.errors import AgentError
-from trackagent.agent.quarantine import set_aside
+from trackagent.agent.spoolfile import AGENT_LANE, SpoolError, SpoolFile, is_damage, missing_bytes
+from trackagent.agent.spooltables import SinkState, Tables
 from trackagent.agent.store.contract import BatchId, ProducerInfo
 from trackagent.client import record
 
+__all__ = [
+    "AGENT_LANE",
+    "Delivery",
+    "OutOfOrder",
+    "Spool",
+    "SpoolError",
+    "SpoolFull",
+    "SpooledBatch",
+    "UnknownProducer",
+    "UnknownSink",
+]
+
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
-# The lane of what the agent itself has to say about a producer; a journal's lanes are below 64.
-AGENT_LANE = 255
-VERSION = 1
 KEPT_PAGES = 2048
 # Ended producers are remembered for this long, in case their bytes come again.
 FORGET_AFTER_S = 7 * 86_400
-
-_SCHEMA = f"""
-BEGIN;
-CREATE TABLE spool (origin TEXT NOT NULL);
-CREATE TABLE producers (
-    number INTEGER PRIMARY KEY, producer_id BLOB NOT NULL UNIQUE, info TEXT NOT NULL, ended_ns INTEGER
-);
-CREATE TABLE lanes (
-    producer INTEGER NOT NULL, lane INTEGER NOT NULL, committed INTEGER NOT NULL,
-    PRIMARY KEY (producer, lane)
-) WITHOUT ROWID;
-CREATE TABLE schemas (
-    producer INTEGER NOT NULL, schema_id INTEGER NOT NULL, keys TEXT NOT NULL,
-    PRIMARY KEY (producer, schema_id)
-) WITHOUT ROWID;
-CREATE TABLE batches (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, producer INTEGER NOT NULL, lane INTEGER NOT NULL,
-    first_offset INTEGER NOT NULL, bytes BLOB NOT NULL
-);
-CREATE TABLE sinks (
-    name TEXT PRIMARY KEY, cursor INTEGER NOT NULL, planned INTEGER, rejected INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-INSERT INTO spool VALUES ('{{origin}}');
-PRAGMA user_version = {VERSION};
-COMMIT;
-"""
-
-
-class SpoolError(AgentError):
-    """The spool cannot take or give what was asked; the message says why."""
 
 
 class SpoolFull(SpoolError):
@@ -82,6 +61,10 @@ class UnknownProducer(SpoolError):
 
 class OutOfOrder(SpoolError):
     """A batch that begins after what is committed of its lane."""
+
+
+class UnknownSink(SpoolError):
+    """A sink that was never added, or whose cursor is lost with a damaged file: add it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +89,8 @@ class Delivery:
 
 class Spool:
     """The spool in the database file `path`, which is made if it is missing. SpoolError when it
-    cannot be opened. A damaged file is set aside under `quarantine/` beside it, and a new one begun.
+    cannot be opened. A damaged file is set aside under `quarantine/` beside it, and a new one begun with
+    what can be read of it; also when damage is met later.
 
     max_bytes: journal bytes held for sinks that are behind. linger_s: how long what arrives may wait to share
     a commit. connect: a seam for faults.
@@ -120,67 +104,31 @@ class Spool:
         linger_s: float = 0.02,
         connect: Callable[..., sqlite3.Connection] = sqlite3.connect,
     ) -> None:
-        self._path = path
         self._max_bytes = max_bytes
-        self._connect = connect
-        self.origin = ""
-        self._bytes: int | None = None
-        self._writer = self._open()
+        self._file = SpoolFile(path, connect)
+        self._writer = self._file.open()
+        self._tables = Tables(self._writer)
+        # What the ids of its batches begin with.
+        self.origin = self._tables.origin()
         self._received_bytes = 0
         self._infos: dict[int, ProducerInfo] = {}
         self._schemas: dict[tuple[int, int], tuple[str, ...]] = {}
         self._changed = threading.Condition()
         self._wakes = 0
-        self._commits = GroupCommit(self._writer, linger_s=linger_s)
+        self._commits = GroupCommit(
+            self._writer, linger_s=linger_s, is_damage=is_damage, mend=self._mend
+        )
 
-    def _open(self) -> sqlite3.Connection:
-        try:
-            try:
-                return self._opened()
-            except sqlite3.DatabaseError as error:
-                # Its subclasses say other things: a full disk, a failing one, a newer program's file.
-                if type(error) is not sqlite3.DatabaseError:
-                    raise
-                self._set_aside(str(error))
-                return self._opened()
-        except (sqlite3.Error, OSError) as error:
-            raise SpoolError(f"cannot open the spool {self._path}: {error}") from error
-
-    def _opened(self) -> sqlite3.Connection:
-        self._path.touch(mode=0o600)
-        connection = self._connect(self._path, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
-            raise SpoolError(
-                f"the spool {self._path} has version {version}, this program knows {VERSION}: "
-                "start the newer trackagent that wrote it"
-            )
-        if version == 0:
-            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(_SCHEMA.format(origin=uuid4().hex))
-        elif (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(found)
-        connection.execute("PRAGMA synchronous = FULL")
-        self.origin = str(connection.execute("SELECT origin FROM spool").fetchone()[0])
-
-    def _set_aside(self, reason: str) -> None:
-        name = f"{time.time_ns()}-{self._path.name}"
-        quarantine = self._path.parent / "quarantine"
-        quarantine.mkdir(mode=0o700, exist_ok=True)
-        # The log belongs to the file and goes with it, first: replayed into a new one it would damage that.
-        for suffix in ("-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.move(f"{self._path}{suffix}", quarantine / f"{name}{suffix}")
-        set_aside(self._path, quarantine, name, reason)
+    def _mend(self, error: Exception) -> sqlite3.Connection:
+        """On the writing thread: a connection to what could be saved of the damaged file."""
+        self._writer.close()
+        self._writer = self._file.replace(str(error))
+        self._tables = Tables(self._writer)
+        self.origin = self._tables.origin()
+        self._infos.clear()
+        self._schemas.clear()
+        self.wake()
+        return self._writer
 
     # --- what senders do
 
@@ -190,31 +138,31 @@ class Spool:
         """Makes a producer known; the result says up to which offset each of its lanes is committed.
 
         held: by lane, the oldest offset its journal still has; where that is more, the spool goes on from
-        there. schemas: records among which are the SCHEMA records of what comes.
+        there. Of a producer that it knew, what lies between was acknowledged and is not here: it says so in
+        the run. schemas: records among which are the SCHEMA records of what comes.
         """
         known = [schema for data in schemas for schema in _schemas_in(data)]
 
-        def job() -> dict[int, int]:
-            execute = self._writer.execute
-            number = self._number(info.producer_id)
+        def job() -> tuple[dict[int, int], int]:
+            tables = self._tables
+            number = tables.number(info.producer_id)
             if number is None:
-                number = execute(
-                    "INSERT INTO producers (producer_id, info) VALUES (?, ?)",
-                    (info.producer_id, _to_json(info)),
-                ).lastrowid
+                number = tables.add_producer(info)
+                for lane, offset in held.items():
+                    tables.set_lane(number, lane, offset, 0)
+            missing = b""
             for lane, offset in held.items():
-                execute(
-                    "INSERT INTO lanes VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
-                    "SET committed = MAX(committed, excluded.committed)",
-                    (number, lane, offset),
-                )
+                committed, last = tables.lane(number, lane)
+                if offset > committed:
+                    tables.set_lane(number, lane, offset, last)
+                    missing += missing_bytes(lane, committed, offset, _ELSEWHERE)
+            if missing:
+                tables.append(number, AGENT_LANE, missing)
             for schema_id, keys in known:
-                execute("INSERT OR IGNORE INTO schemas VALUES (?, ?, ?)", (number, schema_id, keys))
-            rows = execute("SELECT lane, committed FROM lanes WHERE producer = ?", (number,))
-            return dict(rows.fetchall())
+                tables.add_schema(number, schema_id, keys)
+            return tables.lanes(number), len(missing)
 
-        # Undone, the number goes to the next producer.
-        return self._commits.submit(job, undo=self._infos.clear)
+        return self._spooling(job, size=0, undo=self._infos.clear, patient=False)
 
     def append(
         self, producer_id: bytes, lane: int, first_offset: int, journal_bytes: bytes
@@ -241,17 +189,21 @@ class Spool:
         that goes with it. Does nothing when it has ended before."""
 
         def job() -> tuple[None, int]:
-            ended = self._writer.execute(
-                "UPDATE producers SET ended_ns = ? WHERE producer_id = ? AND ended_ns IS NULL",
-                (time.time_ns(), producer_id),
-            ).rowcount
+            ended = self._tables.end_producer(producer_id, time.time_ns())
             if not ended or not last_word:
                 return None, 0
             return None, self._append(producer_id, AGENT_LANE, None, last_word, [])[1]
 
         return self._spooling(job, size=len(last_word))
 
-    def _spooling(self, job: Callable[[], tuple[T, int]], *, size: int) -> Future[T]:
+    def _spooling(
+        self,
+        job: Callable[[], tuple[T, int]],
+        *,
+        size: int,
+        undo: Callable[[], None] = lambda: None,
+        patient: bool = True,
+    ) -> Future[T]:
         """Submits a job that also returns how many bytes it has added to the batches."""
         added = 0
 
@@ -266,7 +218,7 @@ class Spool:
                 self.wake()
 
         # Nobody waits for an acknowledgement: the journal holds the data as long.
-        future = self._commits.submit(work, undo=self._recount, size=size, patient=True)
+        future = self._commits.submit(work, undo=undo, size=size, patient=patient)
         future.add_done_callback(committed)
         return future
 
@@ -274,17 +226,10 @@ class Spool:
         """Forgets producers that ended long ago, except `kept`, and those whose batches are still needed."""
 
         def job() -> None:
-            execute = self._writer.execute
-            rows = execute(
-                "SELECT number, producer_id FROM producers "
-                "WHERE ended_ns < ? AND number NOT IN (SELECT producer FROM batches)",
-                (time.time_ns() - FORGET_AFTER_S * 10**9,),
-            ).fetchall()
-            for number, producer_id in rows:
+            ended_ns = time.time_ns() - FORGET_AFTER_S * 10**9
+            for number, producer_id in self._tables.long_ended(ended_ns):
                 if producer_id not in kept:
-                    execute("DELETE FROM lanes WHERE producer = ?", (number,))
-                    execute("DELETE FROM schemas WHERE producer = ?", (number,))
-                    execute("DELETE FROM producers WHERE number = ?", (number,))
+                    self._tables.forget_producer(number)
 
         return self._commits.submit(job)
 
@@ -292,26 +237,55 @@ class Spool:
         """By lane, the offset up to which a producer's bytes are committed."""
 
         def job() -> dict[int, int]:
-            rows = self._writer.execute(
-                "SELECT lane, committed FROM lanes JOIN producers ON number = producer WHERE producer_id = ?",
-                (producer_id,),
-            )
-            return dict(rows.fetchall())
+            number = self._tables.number(producer_id)
+            return {} if number is None else self._tables.lanes(number)
 
         return self._commits.submit(job)
 
     # --- what sinks do
 
-    def add_sink(self, name: str) -> Future[None]:
-        """A sink that starts with the oldest batch there is; does nothing if it is known."""
+    def add_sink(self, name: str) -> Future[str]:
+        """A sink that starts with the oldest batch there is; changes nothing if it is known. The result is
+        the origin under which it gets its batches."""
+
+        def job() -> str:
+            tables = self._tables
+            sink = tables.sink(name)
+            if sink is None:
+                sink = SinkState(tables.origin(), tables.ends()[0] - 1)
+                tables.put_sink(name, sink)
+            return sink.origin
+
+        return self._commits.submit(job)
+
+    def accepted(self, name: str, origin: str, last: int) -> Future[None]:
+        """The sink says that it has the batches of `origin` up to `last`; the spool may know of less after
+        damage.
+
+        Where it was never given that many, this file is an older copy of itself. Its next numbers were given
+        to other batches, so it goes on under another origin.
+        """
 
         def job() -> None:
-            self._writer.execute(
-                "INSERT OR IGNORE INTO sinks (name, cursor) "
-                "VALUES (?, (SELECT COALESCE(MIN(number) - 1, (SELECT COALESCE(MAX(seq), 0) "
-                "FROM sqlite_sequence WHERE name = 'batches')) FROM batches))",
-                (name,),
-            )
+            tables = self._tables
+            sink = self._sink(name)
+            if sink.origin != origin or sink.cursor >= last:
+                return
+            following = tables.next_number()
+            if last >= following:
+                self.origin = uuid4().hex
+                tables.name(self.origin, last + 1, tables.lost())
+                tables.put_sink(name, SinkState(self.origin, last, None, sink.rejected))
+                logger.warning(
+                    "the spool is an older copy of itself: sink %s has batch %d, the last one here is %d; "
+                    "what ranks had delivered in between is named in their runs",
+                    name,
+                    last,
+                    following - 1,
+                )
+            else:
+                tables.move_cursor(name, last, rejected=False)
+            tables.delete_delivered()
 
         return self._commits.submit(job)
 
@@ -319,46 +293,34 @@ class Spool:
         self, sink: str, max_bytes: int, max_batches: int | None = None
     ) -> Future[Delivery | None]:
         """The next range for a sink, about `max_bytes` long and of at most `max_batches`, None when it has
-        everything. The same range until `delivered` or `shorten` is called, also after a crash."""
+        everything. The same range until `delivered` or `shorten` is called, also after a crash. Fails with
+        UnknownSink."""
 
         def job() -> Delivery | None:
-            execute = self._writer.execute
-            cursor, planned = execute(
-                "SELECT cursor, planned FROM sinks WHERE name = ?", (sink,)
-            ).fetchone()
-            rows: list[tuple[int, int, int, int, bytes]] = []
+            state = self._sink(sink)
+            planned = state.planned
+            batches: list[SpooledBatch] = []
             size = 0
-            for row in execute(
-                "SELECT number, producer, lane, first_offset, bytes FROM batches "
-                "WHERE number > ? ORDER BY number",
-                (cursor,),
-            ):
-                full = size >= max_bytes or len(rows) == max_batches
-                if row[0] > planned if planned is not None else full:
+            for number, producer, lane, offset, data in self._tables.batches(state.cursor):
+                full = size >= max_bytes or len(batches) == max_batches
+                if number > planned if planned is not None else full:
                     break
-                rows.append(row)
-                size += len(row[4])
+                info = self._info(producer)
+                batches.append(SpooledBatch(number, producer, info, lane, offset, data))
+                size += len(data)
             if planned is None:
-                if not rows:
+                if not batches:
                     return None
-                planned = rows[-1][0]
-                execute("UPDATE sinks SET planned = ? WHERE name = ?", (planned, sink))
-            batches = [
-                SpooledBatch(number, producer, self._info(producer), lane, offset, data)
-                for number, producer, lane, offset, data in rows
-            ]
-            return Delivery(BatchId(self.origin, cursor + 1, planned), batches)
+                planned = batches[-1].number
+                self._tables.plan(sink, planned)
+            return Delivery(BatchId(state.origin, state.cursor + 1, planned), batches)
 
         return self._commits.submit(job)
 
     def shorten(self, sink: str, last: int) -> Future[None]:
         """The sink's range ends at batch `last` instead, and is another one. Only where the sink has rejected
         the range: then it has nothing of it."""
-
-        def job() -> None:
-            self._writer.execute("UPDATE sinks SET planned = ? WHERE name = ?", (last, sink))
-
-        return self._commits.submit(job)
+        return self._commits.submit(lambda: self._tables.plan(sink, last))
 
     def delivered(
         self,
@@ -372,30 +334,15 @@ class Spool:
         records of the agent's own about producers, by their id, that go with it. Idempotent."""
 
         def job() -> None:
-            execute = self._writer.execute
-            moved = execute(
-                "UPDATE sinks SET cursor = ?, planned = NULL, rejected = rejected + ? "
-                "WHERE name = ? AND cursor < ?",
-                (last, rejected, sink, last),
-            ).rowcount
-            if not moved:
+            if not self._tables.move_cursor(sink, last, rejected=rejected):
                 return  # said before
             for producer_id, encoded in words:
                 # A full spool must not keep a batch from leaving it.
                 self._append(producer_id, AGENT_LANE, None, encoded, [], capped=False)
-            held = self._held()
-            done = execute("SELECT MIN(cursor) FROM sinks").fetchone()[0]
-            freed = execute(
-                "SELECT COALESCE(SUM(LENGTH(bytes)), 0) FROM batches WHERE number <= ?", (done,)
-            ).fetchone()[0]
-            execute("DELETE FROM batches WHERE number <= ?", (done,))
-            # Gives the disk what a backlog took, a bit at a time; some pages stay for the next batches.
-            if execute("PRAGMA freelist_count").fetchone()[0] > KEPT_PAGES:
-                for _ in range(KEPT_PAGES // 4):
-                    execute("PRAGMA incremental_vacuum(1)")  # Python's sqlite3 stops after one page
-            self._bytes = held - int(freed)
+            self._tables.delete_delivered()
+            self._give_pages()
 
-        return self._commits.submit(job, undo=self._recount)
+        return self._commits.submit(job)
 
     def wait(self, seen: int, timeout_s: float) -> int:
         """Waits until something was appended after `seen` (what an earlier call returned; 0 at
@@ -414,11 +361,8 @@ class Spool:
         """The keys of a producer's schema, None when its record never came."""
 
         def job() -> tuple[str, ...] | None:
-            row = self._writer.execute(
-                "SELECT keys FROM schemas WHERE producer = ? AND schema_id = ?",
-                (producer_number, schema_id),
-            ).fetchone()
-            return tuple(str(row[0]).split("\n")) if row else None
+            keys = self._tables.keys(producer_number, schema_id)
+            return None if keys is None else tuple(keys.split("\n"))
 
         known = self._schemas.get((producer_number, schema_id))
         if known is None:
@@ -432,29 +376,29 @@ class Spool:
     # --- for people
 
     def statistics(self) -> Future[dict[str, Any]]:
-        """batches, bytes, received_bytes; sinks: [{name, batches_behind, rejected}]; producers:
-        [{info, committed_bytes}] of those that have not ended."""
+        """batches, bytes, received_bytes, lost_batches (with damaged files, of runs that are not known);
+        sinks: [{name, batches_behind, rejected}]; producers: [{info, committed_bytes}] of those that have not
+        ended."""
 
         def job() -> dict[str, Any]:
-            execute = self._writer.execute
+            tables = self._tables
+            batches, held = tables.waiting(0)
             return {
-                "batches": execute("SELECT COUNT(*) FROM batches").fetchone()[0],
-                "bytes": self._held(),
+                "batches": batches,
+                "bytes": held,
                 "received_bytes": self._received_bytes,
+                "lost_batches": tables.lost(),
                 "sinks": [
-                    {"name": name, "batches_behind": behind, "rejected": rejected}
-                    for name, behind, rejected in execute(
-                        "SELECT name, (SELECT COUNT(*) FROM batches WHERE number > cursor), rejected "
-                        "FROM sinks ORDER BY name"
-                    ).fetchall()
+                    {
+                        "name": name,
+                        "batches_behind": tables.waiting(sink.cursor)[0],
+                        "rejected": sink.rejected,
+                    }
+                    for name, sink in tables.sinks().items()
                 ],
                 "producers": [
                     {"info": self._info(number), "committed_bytes": size}
-                    for number, size in execute(
-                        "SELECT number, (SELECT COALESCE(SUM(committed), 0) FROM lanes "
-                        "WHERE producer = number) FROM producers WHERE ended_ns IS NULL "
-                        "ORDER BY number"
-                    ).fetchall()
+                    for number, size in tables.not_ended()
                 ],
             }
 
@@ -480,14 +424,11 @@ class Spool:
         """Keeps what is new of a range; returns where the lane ends then, and how many bytes were new.
         `first_offset` None: the range follows what is committed.
         """
-        execute = self._writer.execute
-        number = self._number(producer_id)
+        tables = self._tables
+        number = tables.number(producer_id)
         if number is None:
             raise UnknownProducer("this producer was not opened at this agent: call OpenRun first")
-        row = execute(
-            "SELECT committed FROM lanes WHERE producer = ? AND lane = ?", (number, lane)
-        ).fetchone()
-        committed = int(row[0]) if row else 0
+        committed, _ = tables.lane(number, lane)
         if first_offset is None:
             first_offset = committed
         end = first_offset + len(journal_bytes)
@@ -498,51 +439,38 @@ class Spool:
         if end <= committed:
             return committed, 0
         fresh = journal_bytes[committed - first_offset :]
-        held = self._held()
+        held = tables.waiting(0)[1]
         if capped and held + len(fresh) > self._max_bytes:
             raise SpoolFull(
                 f"the spool holds {held} bytes, its limit is {self._max_bytes}: a sink is behind"
             )
-        execute(
-            "INSERT INTO batches (producer, lane, first_offset, bytes) VALUES (?, ?, ?, ?)",
-            (number, lane, committed, fresh),
-        )
-        execute(
-            "INSERT INTO lanes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET committed = excluded.committed",
-            (number, lane, end),
-        )
+        tables.append(number, lane, fresh)
         for schema_id, keys in schemas:
-            execute("INSERT OR IGNORE INTO schemas VALUES (?, ?, ?)", (number, schema_id, keys))
-        self._bytes = held + len(fresh)
+            tables.add_schema(number, schema_id, keys)
         return end, len(fresh)
 
-    def _held(self) -> int:
-        """Bytes of all batches, counted when it is not known."""
-        if self._bytes is None:
-            row = self._writer.execute(
-                "SELECT COALESCE(SUM(LENGTH(bytes)), 0) FROM batches"
-            ).fetchone()
-            self._bytes = int(row[0])
-        return self._bytes
+    def _give_pages(self) -> None:
+        """Gives the disk what a backlog took, a bit at a time; some pages stay for the next batches."""
+        execute = self._writer.execute
+        if execute("PRAGMA freelist_count").fetchone()[0] > KEPT_PAGES:
+            for _ in range(KEPT_PAGES // 4):
+                execute("PRAGMA incremental_vacuum(1)")  # Python's sqlite3 stops after one page
 
-    def _recount(self) -> None:
-        self._bytes = None
-
-    def _number(self, producer_id: bytes) -> int | None:
-        row = self._writer.execute(
-            "SELECT number FROM producers WHERE producer_id = ?", (producer_id,)
-        ).fetchone()
-        return int(row[0]) if row else None
+    def _sink(self, name: str) -> SinkState:
+        sink = self._tables.sink(name)
+        if sink is None:
+            raise UnknownSink(f"the spool knows no sink {name}")
+        return sink
 
     def _info(self, number: int) -> ProducerInfo:
         if number not in self._infos:
-            row = self._writer.execute(
-                "SELECT info FROM producers WHERE number = ?", (number,)
-            ).fetchone()
             if len(self._infos) > 100_000:
                 self._infos.clear()
-            self._infos[number] = _from_json(row[0])
+            self._infos[number] = self._tables.info(number)
         return self._infos[number]
+
+
+_ELSEWHERE = "acknowledged, but not in this spool: it was damaged, or another agent took them"
 
 
 def _schemas_in(journal_bytes: bytes) -> list[tuple[int, str]]:
@@ -574,12 +502,3 @@ def _schema_offsets(data: bytes) -> list[int]:
     if 8 * at != len(data):
         found = [at for at in record.scan(data).offsets if data[at + 8] == schema]
     return [at for at in found if record.is_valid(data, at)]
-
-
-def _to_json(info: ProducerInfo) -> str:
-    return json.dumps({**asdict(info), "producer_id": info.producer_id.hex()})
-
-
-def _from_json(text: str) -> ProducerInfo:
-    data = json.loads(text)
-    return ProducerInfo(**{**data, "producer_id": bytes.fromhex(data["producer_id"])})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from trackagent.agent.store.contract import Batch
 
@@ -24,3 +24,13 @@ class Sink(Protocol):
     def idle(self, deadline_s: float) -> bool: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A sink that can say what it has: nothing is delivered twice even when the spool's cursor is lost."""
+
+    def last_accepted(self, origin: str) -> int:
+        """The last batch of the spool `origin` that was accepted, 0 for none. Called before the first
+        delivery, and after the spool was damaged."""
+        ...

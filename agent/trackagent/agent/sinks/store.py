@@ -16,6 +16,9 @@ class StoreSink:
     def deliver(self, batch: Batch) -> None:
         self._writer.write(batch)
 
+    def last_accepted(self, origin: str) -> int:
+        return self._writer.last_written(origin)
+
     def idle(self, deadline_s: float) -> bool:
         return self._writer.compact(deadline_s)
 

@@ -283,6 +283,10 @@ class Writer(Protocol):
 
     def write(self, batch: Batch) -> None: ...
 
+    def last_written(self, origin: str) -> int:
+        """The greatest `last` of the batches of `origin` that were written, 0 for none."""
+        ...
+
     def compact(self, deadline_s: float) -> bool:
         """Merges small pieces for at most about `deadline_s` seconds; True when more is left to do."""
         ...

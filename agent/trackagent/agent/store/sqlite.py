@@ -65,6 +65,15 @@ class SqliteWriter:
         except (UnicodeEncodeError, OverflowError, sqlite3.DataError) as error:
             raise Rejected(f"batch {batch.id} holds what cannot be stored: {error}") from error
 
+    def last_written(self, origin: str) -> int:
+        with database.translated("look up batches", self._path):
+            (last,) = (
+                self._open()
+                .execute("SELECT coalesce(max(last), 0) FROM applied WHERE origin = ?", (origin,))
+                .fetchone()
+            )
+            return int(last)
+
     def compact(self, deadline_s: float) -> bool:
         deadline = self._clock() + deadline_s
         if not self._due():

@@ -1,0 +1,265 @@
+"""The spool's database file: how it is made, opened and checked, and what becomes of a damaged one.
+
+Opening looks at what is small, however large the backlog is; batches are checked when they are read.
+
+A damaged file goes to `quarantine/` with its log and the reason, and a new one begins with what can be read
+of it (salvage.py). The new one is whole before the old one moves, so a crash in between changes nothing:
+<name>.salvaging is being written, <name>.salvaged is to take the place of the damaged one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+from trackagent.agent.errors import AgentError
+from trackagent.agent.pagelog import PAGE_BYTES
+from trackagent.agent.pages import Pages
+from trackagent.agent.quarantine import set_aside
+from trackagent.agent.salvage import Hole, Salvaged, batch_bytes, salvaged
+from trackagent.agent.spooltables import (
+    COLUMNS,
+    VERSION,
+    SpoolDamaged,
+    Tables,
+    checksum,
+    names_of,
+    schema,
+)
+from trackagent.client import record
+from trackagent.client.record import Kind
+
+logger = logging.getLogger(__name__)
+
+# The lane of what the agent itself has to say about a producer; a journal's lanes are below 64.
+AGENT_LANE = 255
+LOST = "lost with a damaged spool"
+# Damaged spools that are kept for people; older ones go.
+KEPT_ASIDE = 3
+_SHOWN_HOLES = 20
+
+
+class SpoolError(AgentError):
+    """The spool cannot take or give what was asked; the message says why."""
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error says that the file is damaged. Other errors of SQLite say other things: a full
+    disk, a failing one, a lock."""
+    if isinstance(error, sqlite3.OperationalError):
+        # Of a table whose definition is damaged, and of text that is none any more.
+        return str(error).startswith(("no such ", "Could not decode", "unsupported file format"))
+    return isinstance(error, (sqlite3.DatabaseError, sqlite3.InterfaceError))
+
+
+class SpoolFile:
+    """The file at `path`. `connect`: a seam for faults."""
+
+    def __init__(self, path: Path, connect: Callable[..., sqlite3.Connection]) -> None:
+        self._path = path
+        self._connect = connect
+        self._quarantine = path.parent / "quarantine"
+        self._begun = path.with_name(f"{path.name}.salvaging")
+        self._ready = path.with_name(f"{path.name}.salvaged")
+
+    def open(self) -> sqlite3.Connection:
+        """A connection to the file, which is made if it is missing, and replaced if it is damaged. SpoolError
+        when neither can be done."""
+        try:
+            if self._ready.exists():
+                self._finish_replacing("damaged; the agent ended while it was replaced")
+            problem = self._problem()
+            if problem is None:
+                try:
+                    return self._opened()
+                except sqlite3.Error as error:
+                    if not is_damage(error):
+                        raise
+                    problem = str(error)
+            return self.replace(problem)
+        except (sqlite3.Error, OSError) as error:
+            raise SpoolError(f"cannot open the spool {self._path}: {error}") from error
+
+    def replace(self, reason: str) -> sqlite3.Connection:
+        """A connection to a new file that has what can be read of the damaged one, which nobody has open."""
+        with contextlib.closing(Pages(self._path)) as pages:
+            found = salvaged(pages)
+            self._begun.unlink(missing_ok=True)
+            self._fill(found, pages, reason)
+        os.replace(self._begun, self._ready)
+        self._finish_replacing(f"{reason}; {_summary(found)}")
+        return self._opened()
+
+    def _problem(self) -> str | None:
+        """What is wrong with the file that SQLite would not notice, or not in time; None also where there is
+        none."""
+        log = self._path.with_name(f"{self._path.name}-wal")
+        if not self._path.exists() and not log.exists():
+            return None
+        with contextlib.closing(Pages(self._path)) as pages:
+            if pages.is_database and pages.version not in (0, VERSION):
+                if salvaged(pages).origin is None:
+                    raise SpoolError(
+                        f"the spool {self._path} has version {pages.version}, this program knows {VERSION}: "
+                        "start the trackagent that wrote it"
+                    )
+                return f"it says that it has version {pages.version}"
+            return pages.head_problem() or pages.log_problem or pages.freelist_problem()
+
+    def _opened(self) -> sqlite3.Connection:
+        self._path.touch(mode=0o600)
+        connection = self._connect(self._path, isolation_level=None, check_same_thread=False)
+        try:
+            self._prepare(connection, Tables(connection))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection, tables: Tables) -> None:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            if connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+                raise SpoolDamaged("it has no version")
+            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(f"BEGIN;{schema()}{_named(uuid4().hex, 1, 0)}COMMIT;")
+        else:
+            connection.execute("PRAGMA journal_mode = WAL")
+            _check(connection, tables)
+        connection.execute("PRAGMA synchronous = FULL")
+
+    # --- replacing a damaged file
+
+    def _fill(self, found: Salvaged, pages: Pages, reason: str) -> None:
+        """Writes the new file, durable when this returns."""
+        self._begun.touch(mode=0o600)
+        connection = self._connect(self._begun, isolation_level=None, check_same_thread=False)
+        with contextlib.closing(connection):
+            tables = Tables(connection)
+            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.execute("PRAGMA journal_mode = OFF")
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.executescript(schema())
+            connection.execute("BEGIN")
+            tables.name(found.origin or uuid4().hex, found.first_number, found.lost)
+            for number, producer in found.producers.items():
+                tables.put_producer(number, *producer)
+            for lane, state in found.lanes.items():
+                tables.set_lane(*lane, *state)
+            for schema_id, keys in found.schemas.items():
+                tables.add_schema(*schema_id, keys)
+            for name, sink in found.sinks.items():
+                tables.put_sink(name, sink)
+            for head in found.batches:
+                data, _ = batch_bytes(pages, head)
+                row = (head.number, head.producer, head.lane, head.first_offset, len(data))
+                tables.put_batch((*row, head.previous), data)
+            for hole in found.holes:
+                why = f"the spool was damaged: {reason}"
+                tables.append(
+                    hole.producer, AGENT_LANE, missing_bytes(hole.lane, hole.start, hole.end, why)
+                )
+            connection.execute("COMMIT")
+        _sync(self._begun)
+
+    def _finish_replacing(self, reason: str) -> None:
+        """Puts the new file in the place of the damaged one, which is set aside with its log."""
+        name = f"{time.time_ns()}-{self._path.name}"
+        self._quarantine.mkdir(mode=0o700, exist_ok=True)
+        for suffix in ("-wal", "-shm"):
+            # First: replayed into the new one it would damage that.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.move(f"{self._path}{suffix}", self._quarantine / f"{name}{suffix}")
+        with contextlib.suppress(FileNotFoundError):
+            set_aside(self._path, self._quarantine, name, reason)
+        os.replace(self._ready, self._path)
+        _sync(self._path.parent)
+        aside = sorted(self._quarantine.glob(f"*-{self._path.name}"))
+        for old in aside[:-KEPT_ASIDE]:
+            for path in self._quarantine.glob(f"{old.stem}.*"):
+                path.unlink()
+
+
+def _named(origin: str, first_number: int, lost: int) -> str:
+    crc = checksum("spool", 1, origin, first_number, lost)
+    return f"INSERT INTO spool VALUES (1, '{origin}', {first_number}, {lost}, {crc});"
+
+
+def _check(connection: sqlite3.Connection, tables: Tables) -> None:
+    """SpoolDamaged, or what SQLite raises, unless everything small is as it was written."""
+    for table in COLUMNS:
+        found = [_checked_rows(connection, table, name) for name in (table, f"{table}_copy")]
+        if found[0] != found[1]:
+            raise SpoolDamaged(f"{table} has {found[0]} rows, its copy {found[1]}")
+    if connection.execute("SELECT COUNT(*) FROM spool").fetchone()[0] != 1:
+        raise SpoolDamaged("it has no name")
+    if tables.lacks_last_batches():
+        raise SpoolDamaged("the last batches of a lane are not there")
+    first, last = tables.ends()
+    for after in {first - 1, last - 1}:
+        next(tables.batches(after), None)
+
+
+def _checked_rows(connection: sqlite3.Connection, table: str, name: str) -> int:
+    """How many rows `name`, which is the table or its copy, has."""
+    (problem,) = connection.execute(f"PRAGMA integrity_check({name})").fetchone()
+    if problem != "ok":
+        raise SpoolDamaged(f"{name}: {problem}")
+    count = 0
+    for *fields, crc in connection.execute(f"SELECT {', '.join(names_of(table))}, crc FROM {name}"):
+        count += 1
+        if checksum(table, *fields) != crc:
+            raise SpoolDamaged(f"{name}: a row has another checksum")
+    return count
+
+
+def missing_bytes(lane: int, start: int | None, end: int, why: str) -> bytes:
+    """What the agent says in a run about bytes of a lane that it acknowledged and no longer has: an event,
+    and a loss of one record, since nobody knows how many there were."""
+    what = f"{_described_range(lane, start, end)} are lost: {why}"
+    data = {"level": "error", "message": what, "lane": lane, "start": start, "end": end}
+    time_ns = time.time_ns()
+    return b"".join(
+        record.encode_json(kind, content, step=record.NO_STEP, time_ns=time_ns)
+        for kind, content in ((Kind.EVENT, data), (Kind.LOSS, {LOST: 1}))
+    )
+
+
+def _summary(found: Salvaged) -> str:
+    missing = [_described(hole) for hole in found.holes[:_SHOWN_HOLES]]
+    if len(found.holes) > _SHOWN_HOLES:
+        missing.append(f"{len(found.holes) - _SHOWN_HOLES} more")
+    if found.ownerless[0]:
+        missing.append("{} batches ({} bytes) of unknown producers".format(*found.ownerless))
+    return (
+        f"{len(found.batches)} batches and {len(found.producers)} producers are brought over, "
+        f"known to be missing: {', '.join(missing) or 'nothing'}"
+    )
+
+
+def _described(hole: Hole) -> str:
+    return f"of producer {hole.producer} {_described_range(hole.lane, hole.start, hole.end)}"
+
+
+def _described_range(lane: int, start: int | None, end: int) -> str:
+    if start is None:
+        return f"bytes of lane {lane} before offset {end}"
+    return f"{end - start} bytes of lane {lane} before offset {end}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

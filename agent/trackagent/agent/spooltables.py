@@ -1,0 +1,376 @@
+"""The spool's tables: their rows as they are written and read, inside the writing thread's transactions.
+
+SQLite itself notices damage to its structure only, so each row carries a checksum in the column `crc`, and
+all tables but `batches` are kept twice, the copy by triggers: what is small and cannot be had again is not
+lost with one page.
+
+    spool      origin: the spool's name in batch ids; first_number: what comes next has this number at least;
+               lost: batches of damaged files that concern no run that is known
+    producers  info: ProducerInfo as JSON; ended_ns NULL while it has not ended
+    lanes      committed: offset up to which the lane is received; last: number of its last batch, 0 for none
+    schemas    keys joined by newlines
+    batches    previous: the lane's batch before, 0 for none; content: CRC-32 of bytes; ordinal and total:
+               batches and bytes up to this one, so that what waits is a difference and never counted
+    sinks      origin: the first part of the ids of what it gets; everything up to batch `cursor` is
+               delivered; planned: end of the range under way
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from zlib import crc32
+
+from trackagent.agent.store.contract import ProducerInfo
+
+VERSION = 2
+
+COLUMNS = {
+    "spool": "id INTEGER PRIMARY KEY, origin TEXT NOT NULL, first_number INTEGER NOT NULL,"
+    " lost INTEGER NOT NULL",
+    "producers": "number INTEGER PRIMARY KEY, producer_id BLOB NOT NULL, info TEXT NOT NULL,"
+    " ended_ns INTEGER",
+    "lanes": "producer INTEGER, lane INTEGER, committed INTEGER NOT NULL, last INTEGER NOT NULL",
+    "schemas": "producer INTEGER, schema_id INTEGER, keys TEXT NOT NULL",
+    "sinks": "name TEXT, origin TEXT NOT NULL, cursor INTEGER NOT NULL, planned INTEGER,"
+    " rejected INTEGER NOT NULL",
+}
+_KEYS = {
+    "spool": ("id",),
+    "producers": ("number",),
+    "lanes": ("producer", "lane"),
+    "schemas": ("producer", "schema_id"),
+    "sinks": ("name",),
+}
+_BATCHES = """
+CREATE TABLE batches (
+    number INTEGER PRIMARY KEY, producer INTEGER NOT NULL, lane INTEGER NOT NULL,
+    first_offset INTEGER NOT NULL, size INTEGER NOT NULL, previous INTEGER NOT NULL, content INTEGER NOT NULL,
+    ordinal INTEGER NOT NULL, total INTEGER NOT NULL, crc INTEGER NOT NULL, bytes BLOB NOT NULL
+);
+"""
+
+Value = int | float | str | bytes | None
+
+
+class SpoolDamaged(sqlite3.DatabaseError):
+    """What is read is not what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkState:
+    """A row of `sinks` without its name; rejected: how many ranges it has rejected."""
+
+    origin: str
+    cursor: int
+    planned: int | None = None
+    rejected: int = 0
+
+
+def checksum(table: str, *fields: Value) -> int:
+    """Of a row of `table` with these columns, text and its UTF-8 alike."""
+    plain = (field.encode() if isinstance(field, str) else field for field in fields)
+    return crc32(repr((table, *plain)).encode())
+
+
+def schema() -> str:
+    """The statements that make the tables, as one script without its transaction."""
+    return "\n".join(
+        [
+            _BATCHES,
+            *(_kept_twice(table) for table in COLUMNS),
+            "CREATE UNIQUE INDEX producer_ids ON producers (producer_id);",
+            f"PRAGMA user_version = {VERSION};",
+        ]
+    )
+
+
+def _kept_twice(table: str) -> str:
+    """A table, its copy, and what keeps the copy the same."""
+    columns, keys, names = COLUMNS[table], _KEYS[table], [*names_of(table), "crc"]
+    key = ""
+    if "PRIMARY KEY" not in columns:
+        key = f", PRIMARY KEY ({', '.join(keys)})"
+    form = f"({columns}, crc INTEGER NOT NULL{key}){' WITHOUT ROWID' if key else ''}"
+    fresh = ", ".join(f"NEW.{name}" for name in names)
+    changed = ", ".join(f"{name} = NEW.{name}" for name in names)
+    this = " AND ".join(f"{name} = OLD.{name}" for name in keys)
+    return f"""
+CREATE TABLE {table} {form};
+CREATE TABLE {table}_copy {form};
+CREATE TRIGGER {table}_insert AFTER INSERT ON {table} BEGIN
+    INSERT INTO {table}_copy VALUES ({fresh});
+END;
+CREATE TRIGGER {table}_update AFTER UPDATE ON {table} BEGIN
+    UPDATE {table}_copy SET {changed} WHERE {this};
+END;
+CREATE TRIGGER {table}_delete AFTER DELETE ON {table} BEGIN
+    DELETE FROM {table}_copy WHERE {this};
+END;
+"""
+
+
+def names_of(table: str) -> list[str]:
+    """The columns of a table that is kept twice, without `crc`."""
+    return [column.split()[0] for column in COLUMNS[table].split(", ")]
+
+
+def info_to_json(info: ProducerInfo) -> str:
+    return json.dumps({**asdict(info), "producer_id": info.producer_id.hex()})
+
+
+def info_from_json(text: str) -> ProducerInfo:
+    data = json.loads(text)
+    return ProducerInfo(**{**data, "producer_id": bytes.fromhex(data["producer_id"])})
+
+
+def check_batch(row: tuple[Any, ...]) -> None:
+    """SpoolDamaged unless a row of `batches` is as it was written."""
+    *fields, crc, data = row
+    if (
+        checksum("batches", *fields) != crc
+        or not isinstance(data, bytes)
+        or crc32(data) != fields[6]
+    ):
+        raise SpoolDamaged(f"batch {fields[0]} has another checksum")
+
+
+class Tables:
+    """The tables in the database of `connection`. To be used by one thread, inside its transactions."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._execute = connection.execute
+        connection.create_function("checksum", -1, checksum, deterministic=True)
+
+    # --- the spool itself
+
+    def origin(self) -> str:
+        return str(self._execute("SELECT origin FROM spool").fetchone()[0])
+
+    def lost(self) -> int:
+        return int(self._execute("SELECT lost FROM spool").fetchone()[0])
+
+    def name(self, origin: str, first_number: int, lost: int) -> None:
+        row = (1, origin, first_number, lost)
+        self._execute("DELETE FROM spool")
+        self._execute("INSERT INTO spool VALUES (?, ?, ?, ?, ?)", (*row, checksum("spool", *row)))
+
+    # --- producers, lanes and schemas
+
+    def number(self, producer_id: bytes) -> int | None:
+        row = self._execute(
+            "SELECT number FROM producers WHERE producer_id = ?", (producer_id,)
+        ).fetchone()
+        return int(row[0]) if row else None
+
+    def info(self, number: int) -> ProducerInfo:
+        row = self._execute("SELECT info FROM producers WHERE number = ?", (number,)).fetchone()
+        if row is None:
+            raise SpoolDamaged(f"producer {number} is not there")
+        return info_from_json(row[0])
+
+    def add_producer(self, info: ProducerInfo) -> int:
+        """The number that it gets. Batches of a producer that was lost with a damaged page may still be
+        there: no other gets its number."""
+        (last,) = self._execute(
+            "SELECT MAX((SELECT COALESCE(MAX(number), 0) FROM producers),"
+            " (SELECT COALESCE(MAX(producer), 0) FROM lanes))"
+        ).fetchone()
+        self.put_producer(int(last) + 1, info.producer_id, info_to_json(info), None)
+        return int(last) + 1
+
+    def put_producer(
+        self, number: int, producer_id: bytes, info: str, ended_ns: int | None
+    ) -> None:
+        row = (number, producer_id, info, ended_ns)
+        self._execute(
+            "INSERT INTO producers VALUES (?, ?, ?, ?, ?)", (*row, checksum("producers", *row))
+        )
+
+    def end_producer(self, producer_id: bytes, time_ns: int) -> bool:
+        """False when it has ended before."""
+        ended = self._execute(
+            "UPDATE producers SET ended_ns = ?1,"
+            " crc = checksum('producers', number, producer_id, info, ?1)"
+            " WHERE producer_id = ?2 AND ended_ns IS NULL",
+            (time_ns, producer_id),
+        )
+        return ended.rowcount > 0
+
+    def not_ended(self) -> list[tuple[int, int]]:
+        """(number, bytes committed) of each producer that has not ended."""
+        return self._execute(
+            "SELECT number, (SELECT COALESCE(SUM(committed), 0) FROM lanes WHERE producer = number)"
+            " FROM producers WHERE ended_ns IS NULL ORDER BY number"
+        ).fetchall()
+
+    def long_ended(self, before_ns: int) -> list[tuple[int, bytes]]:
+        """(number, producer_id) of producers that ended before that, and have no batches any more."""
+        return self._execute(
+            "SELECT number, producer_id FROM producers"
+            " WHERE ended_ns < ? AND number NOT IN"
+            " (SELECT producer FROM lanes WHERE last >= (SELECT MIN(number) FROM batches))",
+            (before_ns,),
+        ).fetchall()
+
+    def forget_producer(self, number: int) -> None:
+        for table, column in (
+            ("lanes", "producer"),
+            ("schemas", "producer"),
+            ("producers", "number"),
+        ):
+            self._execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))
+
+    def lanes(self, producer: int) -> dict[int, int]:
+        """By lane, up to where it is committed."""
+        rows = self._execute("SELECT lane, committed FROM lanes WHERE producer = ?", (producer,))
+        return dict(rows.fetchall())
+
+    def lane(self, producer: int, lane: int) -> tuple[int, int]:
+        """Up to where it is committed, and its last batch."""
+        row = self._execute(
+            "SELECT committed, last FROM lanes WHERE producer = ? AND lane = ?", (producer, lane)
+        ).fetchone()
+        return row or (0, 0)
+
+    def set_lane(self, producer: int, lane: int, committed: int, last: int) -> None:
+        row = (producer, lane, committed, last)
+        self._execute(
+            "INSERT INTO lanes VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET committed = excluded.committed, last = excluded.last, crc = excluded.crc",
+            (*row, checksum("lanes", *row)),
+        )
+
+    def keys(self, producer: int, schema_id: int) -> str | None:
+        row = self._execute(
+            "SELECT keys FROM schemas WHERE producer = ? AND schema_id = ?", (producer, schema_id)
+        ).fetchone()
+        return str(row[0]) if row else None
+
+    def add_schema(self, producer: int, schema_id: int, keys: str) -> None:
+        """The first keys of a schema id stay."""
+        row = (producer, schema_id, keys)
+        self._execute(
+            "INSERT OR IGNORE INTO schemas VALUES (?, ?, ?, ?)", (*row, checksum("schemas", *row))
+        )
+
+    # --- batches
+
+    def append(self, producer: int, lane: int, data: bytes) -> int:
+        """A batch with what comes next in a lane; its number."""
+        committed, previous = self.lane(producer, lane)
+        number = self.next_number()
+        self.put_batch((number, producer, lane, committed, len(data), previous), data)
+        self.set_lane(producer, lane, committed + len(data), number)
+        return number
+
+    def put_batch(self, head: tuple[int, int, int, int, int, int], data: bytes) -> None:
+        """A batch behind all others. head: number, producer, lane, first_offset, size, previous."""
+        ordinal, total = self._counted()
+        row = (*head, crc32(data), ordinal + 1, total + len(data))
+        self._execute(
+            "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, checksum("batches", *row), data),
+        )
+
+    def batches(self, after: int) -> Iterator[tuple[int, int, int, int, bytes]]:
+        """(number, producer, lane, first_offset, bytes) of each batch after `after`, in order. SpoolDamaged
+        at the first that is not as it was written."""
+        seen: set[int] = set()
+        start = after
+        for row in self._execute(
+            "SELECT * FROM batches WHERE number > ? ORDER BY number", (after,)
+        ):
+            check_batch(row)
+            number, previous = row[0], row[5]
+            if number <= after or (previous > start and previous not in seen):
+                raise SpoolDamaged(f"batches before {number} are not there")
+            seen.add(number)
+            after = number
+            yield (*row[:4], row[-1])
+
+    def delete_delivered(self) -> None:
+        """What all sinks are done with."""
+        self._execute("DELETE FROM batches WHERE number <= (SELECT MIN(cursor) FROM sinks)")
+
+    def next_number(self) -> int:
+        """Of the next batch: greater than any there was."""
+        (number,) = self._execute(
+            "SELECT MAX((SELECT first_number FROM spool), (SELECT COALESCE(MAX(number), 0) + 1 FROM batches),"
+            " (SELECT COALESCE(MAX(MAX(cursor, COALESCE(planned, 0))), 0) + 1 FROM sinks))"
+        ).fetchone()
+        return int(number)
+
+    def ends(self) -> tuple[int, int]:
+        """The numbers of the oldest and the newest batch; where there is none, of the next one twice."""
+        first, last = self._execute("SELECT MIN(number), MAX(number) FROM batches").fetchone()
+        return (first, last) if first is not None else (self.next_number(),) * 2
+
+    def lacks_last_batches(self) -> bool:
+        """Whether a batch that some sink has yet to get, and that is the last one of a lane, is gone."""
+        found = self._execute(
+            "SELECT 1 FROM lanes WHERE last > (SELECT MIN(cursor) FROM sinks)"
+            " AND last NOT IN (SELECT number FROM batches)"
+        )
+        return found.fetchone() is not None
+
+    def waiting(self, after: int) -> tuple[int, int]:
+        """Batches after `after`, and their bytes."""
+        row = self._execute(
+            "SELECT ordinal, total, size FROM batches WHERE number > ? ORDER BY number LIMIT 1",
+            (after,),
+        ).fetchone()
+        if row is None:
+            return 0, 0
+        ordinal, total = self._counted()
+        return ordinal - row[0] + 1, total - row[1] + row[2]
+
+    def _counted(self) -> tuple[int, int]:
+        """Batches and bytes up to the last one."""
+        row = self._execute(
+            "SELECT ordinal, total FROM batches ORDER BY number DESC LIMIT 1"
+        ).fetchone()
+        return row or (0, 0)
+
+    # --- sinks
+
+    def sinks(self) -> dict[str, SinkState]:
+        rows = self._execute(
+            "SELECT name, origin, cursor, planned, rejected FROM sinks ORDER BY name"
+        )
+        return {name: SinkState(*state) for name, *state in rows.fetchall()}
+
+    def sink(self, name: str) -> SinkState | None:
+        row = self._execute(
+            "SELECT origin, cursor, planned, rejected FROM sinks WHERE name = ?", (name,)
+        ).fetchone()
+        return SinkState(*row) if row else None
+
+    def put_sink(self, name: str, state: SinkState) -> None:
+        row = (name, state.origin, state.cursor, state.planned, state.rejected)
+        self._execute(
+            "INSERT OR REPLACE INTO sinks VALUES (?, ?, ?, ?, ?, ?)",
+            (*row, checksum("sinks", *row)),
+        )
+
+    def plan(self, name: str, last: int) -> None:
+        """The sink's range ends at batch `last`."""
+        self._execute(
+            "UPDATE sinks SET planned = ?1,"
+            " crc = checksum('sinks', name, origin, cursor, ?1, rejected) WHERE name = ?2",
+            (last, name),
+        )
+
+    def move_cursor(self, name: str, last: int, *, rejected: bool) -> bool:
+        """False when it is there, or has been."""
+        moved = self._execute(
+            "UPDATE sinks SET cursor = ?1, planned = NULL, rejected = rejected + ?2,"
+            " crc = checksum('sinks', name, origin, ?1, NULL, rejected + ?2)"
+            " WHERE name = ?3 AND cursor < ?1",
+            (last, rejected, name),
+        )
+        return moved.rowcount > 0
