@@ -17,12 +17,13 @@ ALICE, BOB = 60_001, 60_002
 
 
 @contextlib.contextmanager
-def being(uid: int) -> Iterator[None]:
-    """This process is the user and the group `uid` meanwhile; skips the test where it may not."""
+def being(uid: int, *groups: int) -> Iterator[None]:
+    """This process is the user and the group `uid`, and in `groups`, meanwhile; skips the test where it may
+    not."""
     if os.geteuid() != 0:
         pytest.skip("only root can be another user")
-    groups = os.getgroups()
-    os.setgroups([])
+    before = os.getgroups()
+    os.setgroups(groups)
     os.setegid(uid)
     os.seteuid(uid)
     try:
@@ -30,7 +31,7 @@ def being(uid: int) -> Iterator[None]:
     finally:
         os.seteuid(0)
         os.setegid(0)
-        os.setgroups(groups)
+        os.setgroups(before)
 
 
 def command_as(uid: int, *groups: int) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
@@ -70,9 +71,14 @@ def anothers(path: Path) -> None:
 
 def device(path: Path) -> None:
     try:
-        os.mknod(path, 0o600 | 0o020000, os.makedev(1, 5))  # /dev/zero: it never ends
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))  # /dev/null
     except PermissionError:
         pytest.skip("may not make a device")
+
+
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)  # a hole, which would not be one as a copy
 
 
 ODD: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -81,6 +87,7 @@ ODD: dict[str, tuple[Callable[[Path], None], str]] = {
     "device": (device, "not a file"),
     "folder": (Path.mkdir, "not a file"),
     "link": (link, "not a file"),
+    "huge file": (huge, f"{1 << 40} bytes: no segment is so large"),
     "hard link": (hard_link, "it has 2 names: a hard link"),
     "another user's file": (anothers, f"it belongs to user {BOB}"),
 }

@@ -638,3 +638,11 @@ def test_an_address_where_nothing_can_listen_is_an_error(folders: Folders) -> No
     address = f"unix:{folders.directory}/nowhere/agent.sock"
     with pytest.raises(OSError, match=r"cannot listen at unix:.*nowhere"):
         asyncio.run(server.start(agent_pb2_grpc.AgentServicer(), address, 1 << 20))  # type: ignore[arg-type]
+
+
+def test_headers_that_are_too_long_are_refused_and_hold_nobody_up(served: Served) -> None:
+    request = agent_pb2.StatusRequest()
+    with pytest.raises(grpc.RpcError) as error:
+        served.stub.Status(request, metadata=[("x", "y" * 64 * 1024)], timeout=DEADLINE_S)
+    assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert served.stub.Status(request, timeout=DEADLINE_S).pid == 4712

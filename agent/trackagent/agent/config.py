@@ -29,6 +29,8 @@ from trackagent.client.errors import ConfigError as ClientConfigError
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SPOOL_NAME = "spool.db"
 STORE_NAME = "store.db"
+OWNERS_NAME = "owners.db"
+DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME)
 LOCK_NAME = "agent.lock"
 DEAD_LETTERS_NAME = "dead-letters"
 QUARANTINE_NAME = "quarantine"
@@ -114,6 +116,16 @@ class AgentConfig:
     def socket_path(self) -> Path:
         """Where the agent of `directory` listens."""
         return self.directory / SOCKET_NAME
+
+    @property
+    def inner_socket_path(self) -> Path:
+        """Where the service listens when a gate does so at `socket_path` (gate.py); no longer than that."""
+        return self.directory / "private" / "s"
+
+    @property
+    def owners_path(self) -> Path:
+        """Whose each run is, where a group is served."""
+        return self.state_directory / OWNERS_NAME
 
     @property
     def store_path(self) -> Path:

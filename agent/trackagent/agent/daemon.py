@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import signal
+import sqlite3
 import stat
 import time
 from collections.abc import Iterator
@@ -20,13 +21,17 @@ from pathlib import Path
 
 import trackagent.agent.store as store
 from trackagent.agent import server
-from trackagent.agent.config import LOCK_NAME, QUARANTINE_NAME, SPOOL_NAME, STORE_NAME, AgentConfig
+from trackagent.agent.access import Access
+from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL_NAME, AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
+from trackagent.agent.gate import Gate
 from trackagent.agent.orphans import Orphans
+from trackagent.agent.owners import Owners
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import NotFound
 from trackagent.client.trust import check_file, check_folder, private_folder
 from trackagent.protos.v1 import agent_pb2
 
@@ -34,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 LOCK_PATIENCE_S = 0.5
+# Through the gate, for commands that ask how the agent is doing.
+OTHER_CONNECTIONS = 64
 # What the agent opens beside one connection a rank: databases, journals, gRPC's own.
 OWN_FILES = 64
 
@@ -42,7 +49,8 @@ def serve(config: AgentConfig) -> int:
     """Runs an agent until SIGTERM or SIGINT, then drains it; the exit code. AgentError when it
     cannot start."""
     logging.getLogger("trackagent").setLevel(config.log_level.upper())
-    _allow_files(config.max_streams)
+    # The gate has two more for each connection.
+    _allow_files(config.max_streams, each=1 if config.group is None else 3)
     started_ns = time.time_ns()
     version = importlib.metadata.version("trackagent")
     if config.group is not None:
@@ -90,14 +98,14 @@ def _check_folders(config: AgentConfig) -> None:
     for folder in inner:
         if os.path.lexists(folder) and not folder.is_file():
             check_folder(folder)
-    names = [f"{name}{end}" for name in (SPOOL_NAME, STORE_NAME) for end in ("", "-wal", "-shm")]
+    names = [f"{name}{end}" for name in DATABASES for end in ("", "-wal", "-shm")]
     for file in (config.lock_path, state / LOCK_NAME, *(state / name for name in names)):
         check_file(file)
         with contextlib.suppress(FileNotFoundError):
             file.chmod(0o600)
 
 
-def _allow_files(streams: int) -> None:
+def _allow_files(streams: int, *, each: int) -> None:
     """Takes as many descriptors as this process may have; says so where they are too few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -105,12 +113,12 @@ def _allow_files(streams: int) -> None:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
-    if soft != resource.RLIM_INFINITY and soft < streams + OWN_FILES:
+    if soft != resource.RLIM_INFINITY and soft < each * streams + OWN_FILES:
         logger.warning(
             "this process may open %d files, so about %d ranks can connect (max_streams is %d): raise "
             "the limit (ulimit -n, LimitNOFILE=) where there are more",
             soft,
-            max(0, soft - OWN_FILES),
+            max(0, soft - OWN_FILES) // each,
             streams,
         )
 
@@ -158,19 +166,22 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
                 letters = await asyncio.to_thread(pipeline.dead_letters)
                 sink.dead_letters, sink.dead_letter_bytes = letters
 
-    servicer = server.Servicer(spool, config, version, describe)
+    access = None if config.group is None else await _access(config, spool)
+    servicer = server.Servicer(spool, config, version, describe, access)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # Whoever connects to a socket that a killed agent left is refused; the lock says that it is nobody's.
     config.socket_path.unlink(missing_ok=True)
+    path = config.socket_path if access is None else config.inner_socket_path
     try:
-        listening = await server.start(
-            servicer, f"unix:{config.socket_path}", config.max_batch_bytes
-        )
+        path.unlink(missing_ok=True)
+        listening = await server.start(servicer, f"unix:{path}", config.max_batch_bytes)
+        path.chmod(0o600)
+        if access is not None:
+            access.gate.start()
     except OSError as error:
         raise AgentError(f"{error}; give another --dir") from error
-    config.socket_path.chmod(0o600)
     _open_to_group(config)
     pipeline.start()
     orphans.start()
@@ -181,6 +192,9 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
     logger.info("stopping: taking what is under way, then delivering what is spooled")
     await listening.stop(STOP_GRACE_S)
     config.socket_path.unlink(missing_ok=True)
+    if access is not None:
+        await access.gate.stop()
+        await asyncio.to_thread(access.owners.close)
     await asyncio.to_thread(orphans.stop)
     await asyncio.to_thread(pipeline.stop, config.drain_timeout_s)
     left = (await asyncio.wrap_future(spool.statistics()))["batches"]
@@ -190,6 +204,34 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         logger.warning("%s in the spool: the next agent here delivers what is left", what)
     else:
         logger.info("stopped; everything received is stored")
+
+
+async def _access(config: AgentConfig, spool: Spool) -> Access:
+    """What the users of the group may do. AgentError when it cannot be known."""
+
+    def is_stored(run_id: str) -> bool:
+        with contextlib.closing(store.open_reader(config.store_path, timeout_s=1.0)) as reader:
+            try:
+                reader.run(run_id)
+            except NotFound:
+                return False
+            return True
+
+    try:
+        private_folder(config.inner_socket_path.parent)
+        owners = Owners(config.owners_path, config.quarantine_path, is_stored)
+        known = (await asyncio.wrap_future(spool.statistics()))["producers"]
+        owners.claim_unknown((one["info"].run_id, one["info"].producer_id) for one in known)
+    except (OSError, sqlite3.Error) as error:
+        raise AgentError(
+            f"cannot open {config.owners_path}, which says whose each run is: {error}"
+        ) from error
+    gate = Gate(
+        config.socket_path,
+        config.inner_socket_path,
+        max_connections=config.max_streams + OTHER_CONNECTIONS,
+    )
+    return Access(gate, owners)
 
 
 def _lost(config: AgentConfig) -> dict[str, int]:

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 SCAN_INTERVAL_S = 1.0
 TIDY_INTERVAL_S = 3600.0
 READ_BYTES = 1024 * 1024
+# The largest that a client can be told to make.
+MAX_SEGMENT_BYTES = 64 * 1024 * 1024
 # How long a folder that nobody holds may be in the making; then its maker is dead.
 MAKING_S = 60.0
 _PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
@@ -379,7 +381,7 @@ def _is_our_folder(path: Path) -> bool:
 
 
 class _NotOurs(ValueError):
-    """What lies in a journal and is no file of this user's alone: it may lead to anything."""
+    """What lies in a journal and no rank of this user can have written: it may lead to anything."""
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -402,6 +404,8 @@ def _check_ours(status: os.stat_result) -> None:
         raise _NotOurs(f"it belongs to user {status.st_uid}")
     if status.st_nlink > 1:
         raise _NotOurs(f"it has {status.st_nlink} names: a hard link")
+    if status.st_size > MAX_SEGMENT_BYTES:
+        raise _NotOurs(f"{status.st_size} bytes: no segment is so large")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,13 +15,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from trackagent.agent import producers
+from trackagent.agent.access import Access
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import OutOfOrder, Spool, SpoolFull, UnknownProducer
-from trackagent.agent.store.contract import ProducerInfo
+from trackagent.agent.store.contract import ProducerInfo, StoreError
 from trackagent.client.segment import MAX_LANES
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[object, object]
@@ -34,8 +39,15 @@ MAX_UNCOMMITTED = 32
 MAX_PRODUCERS = 1024
 # What `trackagent status` says of batches that a damaged spool had, and whose runs nobody knows any more.
 LOST_BATCHES = "batches of unknown runs, lost with a damaged spool"
+# At the same time on one connection (a rank has two), and the headers of each.
+MAX_CALLS = 128
+MAX_METADATA_BYTES = 16 * 1024
 # The offsets of all of a producer's lanes together fit 64 bits.
 MAX_OFFSET = 1 << 56
+
+
+class _Denied(str):
+    """What is wrong with a batch: it is another user's."""
 
 
 class _Commits:
@@ -50,7 +62,7 @@ class _Commits:
 
 class Servicer(agent_pb2_grpc.AgentServicer):
     """The Agent service. `describe` fills in what the service itself does not know (sinks, losses,
-    folders)."""
+    folders). access: what each user may do; None: only one can connect."""
 
     def __init__(
         self,
@@ -58,12 +70,16 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         config: AgentConfig,
         version: str,
         describe: Callable[[agent_pb2.StatusResponse], Awaitable[None]],
+        access: Access | None = None,
     ) -> None:
         self._spool = spool
         self._config = config
         self._version = version
         self._describe = describe
+        self._access = access
         self._streams = 0
+        # Of users who do not run the agent; all others together under None.
+        self._users_streams: Counter[int | None] = Counter()
         self._connected: Counter[bytes] = Counter()
         self._uncommitted_bytes = 0
         self._room = asyncio.Event()
@@ -83,6 +99,9 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             held = _offsets(request.held)
         except producers.BadIdentity as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if self._access is not None:
+            owned = self._access.open(context.peer(), info.run_id, info.producer_id)
+            await _permitted(owned, context)
         committed = await _result(self._spool.open_producer(info, held, request.schemas), context)
         return agent_pb2.OpenRunResponse(
             agent_version=self._version,
@@ -103,12 +122,22 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 f"this agent serves {self._streams} streams, its limit: raise max_streams",
             )
+        user = None if self._access is None else self._access.guest(context.peer())
+        if user is not None and self._users_streams[user] >= self._config.max_streams // 2:
+            await _abort(
+                context,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"this agent serves {self._users_streams[user]} streams of yours, half of its limit",
+            )
         self._streams += 1
+        self._users_streams[user] += 1
         commits = _Commits()
-        reader = asyncio.create_task(self._read(requests, commits))
+        reader = asyncio.create_task(self._read(requests, commits, context.peer()))
         try:
             while (item := await commits.queue.get()) is not None:
                 commits.slots.release()
+                if isinstance(item, _Denied):
+                    await _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(item))
                 if isinstance(item, str):
                     await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, item)
                 lane, commit = item
@@ -116,22 +145,23 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 yield agent_pb2.PushResponse(lane=lane, offset=offset)
         finally:
             self._streams -= 1
+            self._users_streams[user] -= 1
             self._connected.subtract(commits.producer_ids)
             reader.cancel()
 
     async def _read(
-        self, requests: AsyncIterator[agent_pb2.PushRequest], commits: _Commits
+        self, requests: AsyncIterator[agent_pb2.PushRequest], commits: _Commits, peer: str
     ) -> None:
         try:
             async for request in requests:
                 await commits.slots.acquire()
-                commits.queue.put_nowait(await self._taken(request, commits.producer_ids))
+                commits.queue.put_nowait(await self._taken(request, commits.producer_ids, peer))
         finally:
             # Whatever ends the reading ends the answers.
             commits.queue.put_nowait(None)
 
     async def _taken(
-        self, request: agent_pb2.PushRequest, producer_ids: set[bytes]
+        self, request: agent_pb2.PushRequest, producer_ids: set[bytes], peer: str
     ) -> tuple[int, Future[int]] | str:
         """The lane of a batch and its commit, or what is wrong with it."""
         size = len(request.journal_bytes)
@@ -142,9 +172,15 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             )
         if request.lane >= MAX_LANES or request.first_offset >= MAX_OFFSET:
             return f"offset {request.first_offset} of lane {request.lane}"
-        if request.producer_id not in producer_ids and len(producer_ids) < MAX_PRODUCERS:
-            producer_ids.add(request.producer_id)
-            self._connected[request.producer_id] += 1
+        if request.producer_id not in producer_ids:
+            if self._access is not None:
+                try:
+                    await self._access.check(peer, request.producer_id)
+                except NotYours as error:
+                    return _Denied(error)
+            if len(producer_ids) < MAX_PRODUCERS:
+                producer_ids.add(request.producer_id)
+                self._connected[request.producer_id] += 1
         most = self._config.uncommitted_bytes
         while self._uncommitted_bytes and self._uncommitted_bytes + size > most:
             self._room.clear()
@@ -168,6 +204,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             ends = _offsets(request.ends)
         except producers.BadIdentity as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if self._access is not None:
+            await _permitted(self._access.check(context.peer(), request.producer_id), context)
         committed = await _result(self._spool.committed(request.producer_id), context)
         complete = all(committed.get(lane, 0) >= end for lane, end in ends.items())
         if complete:
@@ -195,6 +233,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         await self._describe(response)
         if statistics["lost_batches"]:
             response.lost_records[LOST_BATCHES] = statistics["lost_batches"]
+        if self._access is not None:
+            await _permitted(self._access.hide(context.peer(), response), context)
         return response
 
 
@@ -204,6 +244,9 @@ async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.
         options=[
             ("grpc.max_receive_message_length", max_batch_bytes + 64 * 1024),
             ("grpc.so_reuseport", 0),
+            ("grpc.max_concurrent_streams", MAX_CALLS),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
         ]
     )
     agent_pb2_grpc.add_AgentServicer_to_server(servicer, server)
@@ -232,6 +275,17 @@ async def _result(job: Future[T], context: Context) -> T:
         await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
     except sqlite3.Error as error:
         await _abort(context, grpc.StatusCode.INTERNAL, f"the spool cannot commit: {error}")
+
+
+async def _permitted(question: Awaitable[None], context: Context) -> None:
+    """Ends the call where the caller may not do this, or where it cannot be told."""
+    try:
+        await question
+    except NotYours as error:
+        await _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(error))
+    except (sqlite3.Error, StoreError) as error:
+        logger.warning("cannot tell whose run it is: %s", error)
+        await _abort(context, grpc.StatusCode.UNAVAILABLE, "cannot tell whose run it is: try again")
 
 
 async def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:

@@ -82,7 +82,7 @@ def check_way(path: Path, owners: Collection[int] = ()) -> None:
     for place in _way(path):
         status = place.lstat()
         known = status.st_uid in (me, _ROOT, *owners) or me == _ROOT
-        if not known and not _is_unmapped(status.st_uid):
+        if not known and not is_unmapped(status.st_uid):
             raise _refused(
                 f"{place}, which leads to {path}, belongs to user {status.st_uid}: choose another folder"
             )
@@ -103,7 +103,7 @@ def check_socket(path: Path, owners: Collection[int] = ()) -> None:
     _check_owner(path, status, trusted)
     folder = path.parent
     around = os.stat(folder)
-    if around.st_uid not in trusted and not _is_unmapped(around.st_uid):
+    if around.st_uid not in trusted and not is_unmapped(around.st_uid):
         raise _refused(
             f"{folder}, in which the socket lies, belongs to user {around.st_uid}, who could put another "
             "in its place: name an agent that you trust"
@@ -161,7 +161,7 @@ def _way(path: Path) -> Iterator[Path]:
         at = Path("/") if target.is_absolute() else at
 
 
-def _is_unmapped(uid: int) -> bool:
+def is_unmapped(uid: int) -> bool:
     """Whether `uid` stands for a user outside of this user namespace: there, root's folders look so."""
     try:
         if uid != int(Path("/proc/sys/kernel/overflowuid").read_text()):
