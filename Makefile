@@ -9,7 +9,7 @@ PIP := -m pip --disable-pip-version-check --no-input install -q -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check test chaos soak protos demo bench wheel smoke clean
+.PHONY: help setup check test chaos soak fuzz protos demo bench wheel smoke clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=/path/to/python3] [ARGS=\"for pytest, the demo or the benchmarks\"]"
@@ -45,6 +45,9 @@ chaos: $(READY) ## storms of faults for MINUTES=1; SEED=N replays
 
 soak: $(READY) ## a steady load for MINUTES=30; nothing may grow
 	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
+
+fuzz: $(READY) ## hostile records and calls for MINUTES=2; SEED=N begins with that one
+	@$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 protos: $(READY) ## generate the Python code of the .proto files
 	@$(BIN)/python protos/generate.py

@@ -380,6 +380,13 @@ MALFORMED = {
     "a negative loss": (Kind.LOSS, b'{"full": -1}'),
     "a huge loss": (Kind.LOSS, b'{"full": 1' + b"0" * 40 + b"}"),
     "a loss of too many digits": (Kind.LOSS, b'{"full": ' + b"1" * 10_000 + b"}"),
+    # Sums of such would not fit a store, and no more of the run would be taken.
+    "a loss that cannot be true": (Kind.LOSS, b'{"full": 9223372036854775807}'),
+    "an end with a number that cannot be true": (
+        Kind.FINISH,
+        b'{"status": "killed", "error": "", "records": 9223372036854775807}',
+    ),
+    "a gap that cannot be true": (Kind.GAP, gap_data(records=2**63 - 1)),
     "an unknown kind": (99, b"{}"),
     "kind 0": (0, b"{}"),
     "fewer values than the head says": (Kind.NAMED, b"1234567"),

@@ -40,6 +40,8 @@ UNREADABLE = "unreadable records"
 MAX_KEYS_TOGETHER = 4096
 # Containers within containers in what an event carries.
 MAX_NESTED = 64
+# What one producer may say that it logged or lost.
+MAX_RECORDS = 1 << 40
 _SHOWN_PARTS = 10
 _SHOWN_CHARACTERS = 200
 
@@ -189,20 +191,20 @@ def _decode_other(spooled: SpooledBatch, found: record.Record, out: _Decoded) ->
             raise ValueError(f"level {level!r}")
         out.events.append(EventData(producer_id, time_ns, level, str(message), step, data))
     elif found.kind == Kind.FINISH:
-        status, logged = data["status"], _count(data["records"], low=-1)
+        status, logged = data["status"], _records(data["records"], low=-1)
         if status not in STATUSES:
             raise ValueError(f"status {status!r}")
         out.ends.append(ProducerEnd(producer_id, time_ns, status, str(data["error"]), logged))
     elif found.kind == Kind.LOSS:
         # A producer counts from its beginning; what the agent itself says comes on top each time.
         more = spooled.lane == AGENT_LANE
-        out.losses += [Loss(producer_id, reason, _count(n), more) for reason, n in data.items()]
+        out.losses += [Loss(producer_id, reason, _records(n), more) for reason, n in data.items()]
     elif found.kind == Kind.GAP:
         places = ("first_step", "last_step", "first_time_ns", "last_time_ns")
-        figures = {name: _count(data[name], low=NO_STEP) for name in places}
+        figures = {name: _number(data[name]) for name in places}
         if figures["first_step"] > figures["last_step"]:
             raise ValueError("a gap that ends before it begins")
-        records = _count(data["records"])
+        records = _records(data["records"])
         if not isinstance(data["reason"], str):
             raise TypeError(f"the reason {data['reason']!r}")
         out.gaps.append(Gap(producer_id, data["reason"], **figures, records=records))
@@ -225,10 +227,18 @@ def _nested(value: Any, levels: int) -> bool:
     return bool(row)
 
 
-def _count(value: Any, low: int = 0) -> int:
-    """A number of records, or another one; OverflowError when it is none that fits a store."""
+def _number(value: Any) -> int:
+    """A step or a time; OverflowError when it is none that fits a store."""
     number = int(value)
-    if not low <= number < 1 << 63:
+    if not NO_STEP <= number < 1 << 63:
+        raise OverflowError(f"the number {value!r}")
+    return number
+
+
+def _records(value: Any, low: int = 0) -> int:
+    """A number of records; OverflowError for one that cannot be true: sums of them must fit a store."""
+    number = int(value)
+    if not low <= number < MAX_RECORDS:
         raise OverflowError(f"the number {value!r}")
     return number
 

@@ -49,6 +49,9 @@ T = TypeVar("T")
 KEPT_PAGES = 2048
 # Ended producers are remembered for this long, in case their bytes come again.
 FORGET_AFTER_S = 7 * 86_400
+# What may be remembered of schemas, and what a key of one takes beside its text, about.
+MAX_SCHEMAS_BYTES = 16 * 1024 * 1024
+BYTES_PER_KEY = 64
 
 
 class SpoolFull(SpoolError):
@@ -113,6 +116,7 @@ class Spool:
         self._received_bytes = 0
         self._infos: dict[int, ProducerInfo] = {}
         self._schemas: dict[tuple[int, int], tuple[str, ...]] = {}
+        self._schemas_bytes = 0
         self._changed = threading.Condition()
         self._wakes = 0
         self._commits = GroupCommit(
@@ -127,6 +131,7 @@ class Spool:
         self.origin = self._tables.origin()
         self._infos.clear()
         self._schemas.clear()
+        self._schemas_bytes = 0
         self.wake()
         return self._writer
 
@@ -368,8 +373,10 @@ class Spool:
         if known is None:
             known = self._commits.submit(job).result()
             if known is not None:
-                if len(self._schemas) > 100_000:
+                self._schemas_bytes += sum(map(len, known)) + BYTES_PER_KEY * len(known)
+                if self._schemas_bytes > MAX_SCHEMAS_BYTES:
                     self._schemas.clear()
+                    self._schemas_bytes = 0
                 self._schemas[producer_number, schema_id] = known
         return known
 

@@ -22,6 +22,8 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 _REMEMBERED = 10_000  # of each kind; then all are forgotten
+_REMEMBERED_BYTES = 24 * 1024 * 1024  # about, of all kinds together
+_KEY_BYTES = 64  # of a key in memory, without its text
 
 
 @dataclass(slots=True)
@@ -52,12 +54,14 @@ class Streams:
         self._keysets: dict[tuple[str, ...], int] = {}
         self._streams: dict[tuple[int, int], _Stream] = {}
         self._source_keys: dict[int, set[str]] = {}
+        self._bytes = 0
 
     def forget(self) -> None:
         """Drops all that is remembered of the database."""
         self._keysets.clear()
         self._streams.clear()
         self._source_keys.clear()
+        self._bytes = 0
 
     def append(
         self, connection: sqlite3.Connection, producer: Producer, group: list[Points]
@@ -66,6 +70,8 @@ class Streams:
 
         Raises Rejected for arrays that do not fit together.
         """
+        if self._bytes > _REMEMBERED_BYTES:
+            self.forget()
         keys = group[0].keys
         for points in group:
             _check(points)
@@ -116,6 +122,7 @@ class Streams:
                 )
             )
         _remember(self._keysets, keys, keyset)
+        self._bytes += len(joined) + _KEY_BYTES * len(keys)
         return keyset
 
     def _stream(
@@ -140,6 +147,7 @@ class Streams:
             stream = _Stream(_inserted(cursor), 0, 0, 0, 0, b"")
             new_series = self._new_keys(connection, producer.source, keys)
         _remember(self._streams, (producer.id, keyset), stream)
+        self._bytes += 8 * len(keys)
         return stream, new_series
 
     def _new_keys(self, connection: sqlite3.Connection, source: int, keys: tuple[str, ...]) -> int:
@@ -148,9 +156,11 @@ class Streams:
             row = connection.execute("SELECT keys FROM sources WHERE id = ?", (source,)).fetchone()
             known = set(row[0].split("\n")) if row[0] else set()
             _remember(self._source_keys, source, known)
+            self._bytes += sum(map(len, known)) + _KEY_BYTES * len(known)
         new = [key for key in keys if key not in known]
         if new:
             known.update(new)
+            self._bytes += sum(map(len, new)) + _KEY_BYTES * len(new)
             connection.execute(
                 "UPDATE sources SET keys = CASE keys WHEN '' THEN ? ELSE keys || char(10) || ? END"
                 " WHERE id = ?",

@@ -1,0 +1,40 @@
+"""`make fuzz`: the tests of this folder again and again, each time with other and with many more examples."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import time
+
+SCALE = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, help="of the first round")
+    options, for_pytest = parser.parse_known_args()
+    seed = random.randrange(1 << 32) if options.seed is None else options.seed
+    deadline = time.monotonic() + 60 * options.minutes
+    rounds = 0
+    while rounds == 0 or time.monotonic() < deadline:
+        print(f"=== seed {seed}", flush=True)
+        command = ["-m", "pytest", "-q", "-p", "no:randomly", "--timeout=1800"]
+        done = subprocess.run(
+            [sys.executable, *command, f"--hypothesis-seed={seed}", "tests/fuzz", *for_pytest],
+            env={**os.environ, "FUZZ_SCALE": str(SCALE)},
+            check=False,
+        )
+        if done.returncode != 0:
+            print(f"seed {seed} went wrong: make fuzz SEED={seed}")
+            return 1
+        rounds, seed = rounds + 1, seed + 1
+    print(f"{rounds} rounds of {SCALE} times the examples of `make test`: nothing found")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
