@@ -17,6 +17,7 @@ from zlib import crc32
 import pytest
 
 from tests.fakes import Folders, SegmentFile, read_segments
+from tests.strangers import BOB, give
 from trackagent.client import record
 from trackagent.client.errors import JournalError, ValueRefused
 from trackagent.client.journal import Journal
@@ -475,12 +476,11 @@ def test_a_folder_that_cannot_be_used_is_one_clear_error(
 
 
 def test_another_users_folder_is_refused(
-    open_journal: Callable[..., Journal], folders: Folders, monkeypatch: pytest.MonkeyPatch
+    open_journal: Callable[..., Journal], folders: Folders
 ) -> None:
-    folders.directory.mkdir(parents=True, mode=0o700)
-    uid = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-    with pytest.raises(JournalError, match=f"{folders.directory} belongs to user {uid}"):
+    folders.directory.mkdir(parents=True)
+    give(folders.directory, BOB, 0o700)
+    with pytest.raises(JournalError, match=f"{folders.directory} belongs to user {BOB}"):
         open_journal(state_directory=folders.directory)
 
 

@@ -21,8 +21,12 @@ from trackagent.client import trust
 def home() -> Iterator[Path]:
     """A folder of Alice's that everyone may enter."""
     base = short_folder()
-    yield give(base, ALICE, 0o755) if os.geteuid() == 0 else base
-    shutil.rmtree(base)
+    try:
+        if os.geteuid() == 0:
+            give(base, ALICE, 0o755)
+        yield base
+    finally:
+        shutil.rmtree(base)
 
 
 def refused(path: Path, uid: int = ALICE) -> str:
@@ -93,6 +97,7 @@ def below(home: Path, uid: int, mode: int, gid: int | None = None) -> Path:
     above.mkdir()
     (above / "mine").mkdir()
     give(above / "mine", ALICE, 0o700)
+    give(above, uid, mode)
     os.chown(above, uid, uid if gid is None else gid)
     above.chmod(mode)
     return above / "mine"

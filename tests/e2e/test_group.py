@@ -16,7 +16,15 @@ import pytest
 
 from tests.agent.samples import losses, producer
 from tests.e2e.test_security import STEPS, train
-from tests.fakes import COMMAND, DEADLINE_S, AgentProcess, Folders, logged_records, short_folder
+from tests.fakes import (
+    COMMAND,
+    DEADLINE_S,
+    AgentProcess,
+    Folders,
+    logged_records,
+    short_folder,
+    wait_until,
+)
 from tests.strangers import ALICE, BOB, being, command_as, give
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
@@ -296,6 +304,42 @@ def test_what_was_logged_before_there_was_a_group_is_the_agents_users(folders: F
     finally:
         agent.close()
     assert answers == [DENIED, DENIED, len(DATA)]
+
+
+def test_what_waits_in_the_spool_from_before_is_the_agents_users(folders: Folders) -> None:
+    run_id, producer_id = uuid4().hex, os.urandom(16)
+    slow = ("--deliver-interval-s", "3600", "--drain-timeout-s", "0")
+    alone = agent_of(ALICE, folders, *slow).start()
+    try:
+        for ask in (opening(run_id, producer_id), pushing(producer_id), closing(producer_id)):
+            call(alone, ALICE, ask)
+    finally:
+        alone.stop()
+    agent = agent_of(ALICE, folders, "--group", GROUP.gr_name, *slow).start()
+    try:
+        answer = call(agent, BOB, opening(run_id, os.urandom(16)))
+    finally:
+        agent.close()
+    assert answer == DENIED
+
+
+def test_a_journal_that_the_dead_left_gives_no_entry_to_another_users_run(
+    folders: Folders,
+) -> None:
+    run_id = uuid4().hex
+    agent = agent_of(ALICE, folders, *FLAGS).start()
+    try:
+        assert call(agent, BOB, opening(run_id, os.urandom(16))) is True
+        # With no agent at the other end, all of it stays in the journal.
+        nobody = {"TRACKAGENT_AGENT": f"unix:{folders.directory.parent}/nobody"}
+        train(folders, ALICE, run_id, **nobody)
+        own = uuid4().hex
+        train(folders, ALICE, own, **nobody)
+        agent.wait_for_status(own, "finished")
+        wait_until(lambda: "is another user's" in agent.output, "the journal is refused")
+    finally:
+        agent.close()
+    assert (len(folders.journals()), agent.run(run_id)) == (1, None)
 
 
 def test_a_damaged_file_of_owners_lets_nobody_in(folders: Folders) -> None:

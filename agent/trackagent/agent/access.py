@@ -34,6 +34,10 @@ class Access:
         """The caller opens a producer of a run. NotYours when either is another user's."""
         await asyncio.to_thread(self.owners.claim, run_id, producer_id, self.user(peer))
 
+    def claim_own(self, run_id: str, producer_id: bytes) -> None:
+        """A journal of the agent's user is to be read. NotYours when it names another user's run."""
+        self.owners.claim(run_id, producer_id, os.geteuid())
+
     async def check(self, peer: str, producer_id: bytes) -> None:
         """NotYours when the caller has not opened this producer."""
         if not await asyncio.to_thread(self.owners.is_of, producer_id, self.user(peer)):

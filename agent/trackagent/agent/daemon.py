@@ -138,7 +138,14 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
             config.dead_letters_path, StoreSink.name, max_bytes=config.dead_letter_bytes
         ),
     )
-    orphans = Orphans(spool, config.directory, config.state_directory, config.quarantine_path)
+    access = None if config.group is None else await _access(config, spool)
+    orphans = Orphans(
+        spool,
+        config.directory,
+        config.state_directory,
+        config.quarantine_path,
+        claim=None if access is None else access.claim_own,
+    )
 
     lost_before: dict[str, int] | None = None
     with contextlib.suppress(store.StoreError):
@@ -166,7 +173,6 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
                 letters = await asyncio.to_thread(pipeline.dead_letters)
                 sink.dead_letters, sink.dead_letter_bytes = letters
 
-    access = None if config.group is None else await _access(config, spool)
     servicer = server.Servicer(spool, config, version, describe, access)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -220,8 +226,8 @@ async def _access(config: AgentConfig, spool: Spool) -> Access:
     try:
         private_folder(config.inner_socket_path.parent)
         owners = Owners(config.owners_path, config.quarantine_path, is_stored)
-        known = (await asyncio.wrap_future(spool.statistics()))["producers"]
-        owners.claim_unknown((one["info"].run_id, one["info"].producer_id) for one in known)
+        known = await asyncio.wrap_future(spool.producers())
+        owners.claim_unknown((info.run_id, info.producer_id) for info in known)
     except (OSError, sqlite3.Error) as error:
         raise AgentError(
             f"cannot open {config.owners_path}, which says whose each run is: {error}"

@@ -64,7 +64,8 @@ class _Found:
 
 class Orphans(threading.Thread):
     """Watches the journals of `directory` and `state_directory`. `quarantine`: where unreadable
-    segments go. `proc`, `groups`: where the kernel tells of processes and control groups, and `clock`
+    segments go. `claim`: asked, with run and producer, before a journal is read; what it raises leaves the
+    journal as it is. `proc`, `groups`: where the kernel tells of processes and control groups, and `clock`
     (seconds, monotonic): seams for tests."""
 
     def __init__(
@@ -74,6 +75,7 @@ class Orphans(threading.Thread):
         state_directory: Path,
         quarantine: Path,
         *,
+        claim: Callable[[str, bytes], None] | None = None,
         proc: Path = Path("/proc"),
         groups: Path = Path("/sys/fs/cgroup"),
         clock: Callable[[], float] = time.monotonic,
@@ -82,6 +84,7 @@ class Orphans(threading.Thread):
         self._spool = spool
         self._bases = [directory / "journals", state_directory / "journals"]
         self._quarantine = quarantine
+        self._claim = claim
         self._stopping = threading.Event()
         # Live journals by name: whether a forked process writes it. They need no second look at their header.
         self._live: dict[str, bool] = {}
@@ -244,6 +247,8 @@ class Orphans(threading.Thread):
         if not segments:
             return None
         info = segments[0].info
+        if self._claim is not None:
+            self._claim(info.run_id, info.producer_id)
         # Of a new producer, what was before is delivered elsewhere.
         held: dict[int, int] = {}
         for found in segments:

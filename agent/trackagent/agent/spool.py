@@ -411,6 +411,14 @@ class Spool:
 
         return self._commits.submit(job)
 
+    def producers(self) -> Future[list[ProducerInfo]]:
+        """All that are remembered, those that have ended too."""
+
+        def job() -> list[ProducerInfo]:
+            return self._tables.infos()
+
+        return self._commits.submit(job)
+
     def close(self) -> None:
         """Finishes what was submitted and closes the file."""
         self._commits.close()

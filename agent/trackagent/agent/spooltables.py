@@ -201,6 +201,10 @@ class Tables:
         )
         return ended.rowcount > 0
 
+    def infos(self) -> list[ProducerInfo]:
+        """Of all producers that are remembered, those that have ended too."""
+        return [info_from_json(row[0]) for row in self._execute("SELECT info FROM producers")]
+
     def not_ended(self) -> list[tuple[int, int]]:
         """(number, bytes committed) of each producer that has not ended."""
         return self._execute(
