@@ -387,12 +387,9 @@ def test_the_run_says_which_segment_was_set_aside(
     overwrite(path, 0, b"NOTOURS!")
     orphans.look()
     aside = folders.state / "quarantine" / f"{NAME}-{path.name}"
-    assert [(event.level, event.message) for event in problems(spool)] == [
-        (
-            "error",
-            "a journal segment is unreadable (the magic is b'NOTOURS!' instead of b'TRKJRNL1'): "
-            f"set aside as {aside}",
-        )
+    assert [event.message for event in problems(spool) if event.level == "error"] == [
+        "a journal segment is unreadable (the magic is b'NOTOURS!' instead of b'TRKJRNL1'): "
+        f"set aside as {aside}"
     ]
 
 

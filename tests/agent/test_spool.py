@@ -141,10 +141,22 @@ def test_opening_again_tells_what_is_committed(opened: Spool) -> None:
 
 
 def test_a_new_producer_that_holds_only_later_bytes_goes_on_from_there(spool: Spool) -> None:
-    assert spool.open_producer(producer(), {0: 4096}).result() == {0: 4096}
+    assert spool.open_producer(producer(), {0: 4096}).result()[0] == 4096
     spool.append(ID, 0, 4096, DATA).result()
     spool.add_sink("store").result()
-    assert spooled(spool) == [(0, 4096, DATA)]
+    assert spooled(spool)[1:] == [(0, 4096, DATA)]
+
+
+def test_what_another_spool_has_of_a_new_producer_is_told_in_the_run(spool: Spool) -> None:
+    spool.open_producer(producer(), {0: 4096, 1: 0}).result()
+    spool.add_sink("store").result()
+    ((lane, _, told),) = spooled(spool)
+    event = record.decode(told, 0)
+    assert (lane, event.kind, (event.data or {})["before"]) == (
+        AGENT_LANE,
+        record.Kind.EVENT,
+        {"0": 4096},
+    )
 
 
 def test_bytes_that_a_known_producer_no_longer_holds_are_told_in_the_run(opened: Spool) -> None:

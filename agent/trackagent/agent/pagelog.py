@@ -7,6 +7,7 @@ after damage.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ def _transactions(data: bytes) -> tuple[bool, list[_Transaction]]:
         return True, []
     magic, version, size, _, *_ = struct.unpack_from(">8I", data)
     good = (magic & ~1, version, size) == (_MAGIC, _VERSION, PAGE_BYTES)
-    sums = _Sums(big_endian=good and bool(magic & 1))
+    sums = _sums(big_endian=good and bool(magic & 1))
     known, computed = struct.unpack_from(">2I", data, 24), sums.of(data[:24], (0, 0))
     good = good and known == computed
     # Of a log that was begun anew, older frames may follow: their salts differ.
@@ -122,6 +123,11 @@ def _frames(
         )
         yield frame, number, after, valid
         seeds = [known]
+
+
+@functools.cache
+def _sums(*, big_endian: bool) -> _Sums:
+    return _Sums(big_endian=big_endian)
 
 
 class _Sums:

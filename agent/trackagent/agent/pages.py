@@ -101,14 +101,18 @@ class Pages:
         """The page, b"" where there is none."""
         if number < 1:
             return b""
-        for frames in reversed(self._states[: view + 1] if view >= 0 else self._states):
-            at = frames.get(number)
-            if at is not None:
-                self._log.seek(at)
-                return self._log.read(PAGE_BYTES)
-        self._file.seek((number - 1) * PAGE_BYTES)
-        data = self._file.read(PAGE_BYTES)
+        in_log, at = self.where(number, view)
+        file = self._log if in_log else self._file
+        file.seek(at)
+        data = file.read(PAGE_BYTES)
         return data if len(data) == PAGE_BYTES else b""
+
+    def where(self, number: int, view: int = -1) -> tuple[bool, int]:
+        """Whether a page's state stands in the log, and its offset there or in the file."""
+        for frames in reversed(self._states[: view + 1] if view >= 0 else self._states):
+            if number in frames:
+                return True, frames[number]
+        return False, (number - 1) * PAGE_BYTES
 
     def cells(self) -> Iterator[Cell]:
         """What looks like a row, on every page that is in use, in every state."""

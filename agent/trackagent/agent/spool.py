@@ -25,8 +25,14 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from trackagent.agent.commits import GroupCommit
-from trackagent.agent.spoolfile import AGENT_LANE, SpoolError, SpoolFile, is_damage, missing_bytes
-from trackagent.agent.spooltables import SinkState, Tables
+from trackagent.agent.spoolfile import (
+    SpoolError,
+    SpoolFile,
+    elsewhere,
+    is_damage,
+    missing_bytes,
+)
+from trackagent.agent.spooltables import AGENT_LANE, SinkState, Tables
 from trackagent.agent.store.contract import BatchId, ProducerInfo
 from trackagent.client import record
 
@@ -143,19 +149,20 @@ class Spool:
         """Makes a producer known; the result says up to which offset each of its lanes is committed.
 
         held: by lane, the oldest offset its journal still has; where that is more, the spool goes on from
-        there. Of a producer that it knew, what lies between was acknowledged and is not here: it says so in
-        the run. schemas: records among which are the SCHEMA records of what comes.
+        there. What lies before was acknowledged and is not here, and whether it was delivered is not known:
+        it says so in the run. schemas: records among which are the SCHEMA records of what comes.
         """
         known = [schema for data in schemas for schema in _schemas_in(data)]
 
         def job() -> tuple[dict[int, int], int]:
             tables = self._tables
             number = tables.number(info.producer_id)
+            missing = b""
             if number is None:
                 number = tables.add_producer(info)
+                missing = elsewhere(held)
                 for lane, offset in held.items():
                     tables.set_lane(number, lane, offset, 0)
-            missing = b""
             for lane, offset in held.items():
                 committed, last = tables.lane(number, lane)
                 if offset > committed:

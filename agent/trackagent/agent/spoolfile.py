@@ -15,7 +15,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,6 +25,7 @@ from trackagent.agent.pages import Pages
 from trackagent.agent.quarantine import set_aside
 from trackagent.agent.salvage import Hole, Salvaged, batch_bytes, salvaged
 from trackagent.agent.spooltables import (
+    AGENT_LANE,
     COLUMNS,
     VERSION,
     SpoolDamaged,
@@ -38,8 +39,6 @@ from trackagent.client.record import Kind
 
 logger = logging.getLogger(__name__)
 
-# The lane of what the agent itself has to say about a producer; a journal's lanes are below 64.
-AGENT_LANE = 255
 LOST = "lost with a damaged spool"
 # Damaged spools that are kept for people; older ones go.
 KEPT_ASIDE = 3
@@ -233,6 +232,21 @@ def missing_bytes(lane: int, start: int | None, end: int, why: str) -> bytes:
         record.encode_json(kind, content, step=record.NO_STEP, time_ns=time_ns)
         for kind, content in ((Kind.EVENT, data), (Kind.LOSS, {LOST: 1}))
     )
+
+
+def elsewhere(held: Mapping[int, int]) -> bytes:
+    """What the agent says in the run of a producer that it does not know, and whose journal begins at these
+    offsets of its lanes; b"" where that is the beginning."""
+    before = {str(lane): offset for lane, offset in held.items() if offset > 0}
+    if not before:
+        return b""
+    what = (
+        f"{sum(before.values())} bytes of before are not here. Either an agent with another spool took them: "
+        "then what that one had not delivered comes when it is started again, and not at all if its spool is "
+        "gone. Or they lay in a file that was set aside"
+    )
+    data = {"level": "warning", "message": what, "before": before}
+    return record.encode_json(Kind.EVENT, data, step=record.NO_STEP, time_ns=time.time_ns())
 
 
 def _summary(found: Salvaged) -> str:

@@ -27,6 +27,8 @@ from zlib import crc32
 from trackagent.agent.store.contract import ProducerInfo
 
 VERSION = 2
+# The lane of what the agent itself has to say about a producer; a journal's lanes are below 64.
+AGENT_LANE = 255
 
 COLUMNS = {
     "spool": "id INTEGER PRIMARY KEY, origin TEXT NOT NULL, first_number INTEGER NOT NULL,"
@@ -206,10 +208,11 @@ class Tables:
         return [info_from_json(row[0]) for row in self._execute("SELECT info FROM producers")]
 
     def not_ended(self) -> list[tuple[int, int]]:
-        """(number, bytes committed) of each producer that has not ended."""
+        """(number, bytes committed of its own lanes) of each producer that has not ended."""
         return self._execute(
-            "SELECT number, (SELECT COALESCE(SUM(committed), 0) FROM lanes WHERE producer = number)"
-            " FROM producers WHERE ended_ns IS NULL ORDER BY number"
+            "SELECT number, (SELECT COALESCE(SUM(committed), 0) FROM lanes WHERE producer = number"
+            " AND lane <> ?) FROM producers WHERE ended_ns IS NULL ORDER BY number",
+            (AGENT_LANE,),
         ).fetchall()
 
     def long_ended(self, before_ns: int) -> list[tuple[int, bytes]]:
