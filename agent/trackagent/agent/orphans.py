@@ -2,8 +2,8 @@
 
 A journal whose lock is free belongs to nobody any more. It is read into the spool from where its
 sender had come to, the producer's end is noted (killed, unless it had said otherwise), and its
-folder is deleted. A journal whose owner lives is left alone, unless the owner is a forked process:
-that has no sender, so what it publishes is read as it comes. That a rank died becomes an event of its run.
+folder is deleted. A journal whose owner lives is left alone, unless the owner is a forked process
+without a sender: what that publishes is read as it comes. That a rank died becomes an event of its run.
 
 Crash-safe: everything goes through the spool, which keeps each byte once; a folder is deleted only after.
 """
@@ -60,6 +60,7 @@ class _Found:
     base: int
     number: int
     acknowledged: int
+    without_sender: bool
 
 
 class Orphans(threading.Thread):
@@ -86,7 +87,7 @@ class Orphans(threading.Thread):
         self._quarantine = quarantine
         self._claim = claim
         self._stopping = threading.Event()
-        # Live journals by name: whether a forked process writes it. They need no second look at their header.
+        # Live journals by name: whether they have no sender. They need no second look at their header.
         self._live: dict[str, bool] = {}
         # The memory groups of living ranks, by their journal's name.
         self._memory: dict[str, deaths.MemoryGroup] = {}
@@ -145,7 +146,7 @@ class Orphans(threading.Thread):
             self._problems[""] = str(error)
             return
         self._problems = {name: known for name, known in self._problems.items() if name in names}
-        self._live = {name: forked for name, forked in self._live.items() if name in names}
+        self._live = {name: alone for name, alone in self._live.items() if name in names}
         self._memory = {name: group for name, group in self._memory.items() if name in names}
         self._reading = len(names - self._live.keys())
         for name in sorted(names):
@@ -175,7 +176,7 @@ class Orphans(threading.Thread):
             segments = list(self._segments(folders))
             if segments:
                 info = segments[0].info
-                self._live[name] = info.forked
+                self._live[name] = info.forked or segments[0].without_sender
                 lock = segments[0].path.with_name(LOCK_NAME)
                 group = deaths.memory_group(info.pid, lock, proc=self._proc, groups=self._groups)
                 if group is not None:
@@ -343,7 +344,10 @@ def _found(path: Path) -> _Found | None:
     info = producers.checked({**header.identity, "producer_id": producer_id})
     if producer_id.hex() != path.parent.name:
         raise ValueError(f"it belongs to producer {producer_id.hex()}")
-    return _Found(path, info, header.lane, header.base, header.number, header.acknowledged)
+    without_sender = header.identity.get("sender") is False
+    return _Found(
+        path, info, header.lane, header.base, header.number, header.acknowledged, without_sender
+    )
 
 
 def _encode(kind: Kind, data: Mapping[str, object]) -> bytes:

@@ -282,4 +282,6 @@ def _warn_no_run() -> None:
 def _finish_at_exit(how: tuple[str, str], warning: str) -> None:
     if warning and _run is not None:
         _run.event(warning, "warning")
-    finish(*how)
+    if _run is not None:
+        # Nobody asks whether it was delivered: no need to wait for an agent that comes by itself.
+        _run._finish(*how, wait=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import opcode
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -27,6 +28,7 @@ UNKNOWN_CODE = (
 _said: Ending | None = None
 _main: FrameType | None = None
 _installed = False
+_worker = 0  # the process of multiprocessing in which `finish` is called at its end
 
 
 def forget() -> None:
@@ -48,6 +50,7 @@ def ending() -> tuple[Ending, str]:
 def install(finish: Callable[[Ending, str], object]) -> bool:
     """Has `finish` called with `ending()` when the interpreter ends; False when it was before."""
     global _installed, _main
+    _install_in_worker(finish)
     if _installed:
         return False
     _installed = True
@@ -79,6 +82,21 @@ def _leave(finish: Callable[[Ending, str], object]) -> None:
         # named tuple's in an import of ours, was left by KeyboardInterrupt.
         with contextlib.suppress(KeyboardInterrupt):
             exec("raise KeyboardInterrupt")
+
+
+def _install_in_worker(finish: Callable[[Ending, str], object]) -> None:
+    """A process of multiprocessing ends when its target returns or raises, mostly without the interpreter's
+    end, and no excepthook is told."""
+    global _worker
+    process = sys.modules.get("multiprocessing.process")
+    if process is None or process.parent_process() is None or _worker == os.getpid():
+        return
+    _worker = os.getpid()
+    from multiprocessing.util import Finalize
+
+    from trackagent.client.run import ending
+
+    Finalize(None, lambda: finish(ending(sys.exc_info()[1]), ""), exitpriority=0)
 
 
 def _remember(error: BaseException) -> None:

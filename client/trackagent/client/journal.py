@@ -134,9 +134,10 @@ class Journal:
     """The journal of this process. JournalError when neither folder can hold it.
 
     `identity`: the fields of trackagent.v1.Producer that go into every segment's header,
-    `producer_id` in hex. `wake`: called, from log calls too, when the sender has something to
-    prepare; must not block; None: there is no sender, the agent reads the files and deletes each
-    that was followed by another. `create`: makes a Segment (a seam for faults).
+    `producer_id` in hex; and `sender`: false where there is none. `wake`: called, from log calls
+    too, when the sender has something to prepare; must not block; None: there is no sender, the
+    agent reads the files and deletes each that was followed by another. `create`: makes a Segment
+    (a seam for faults).
     """
 
     def __init__(
@@ -426,6 +427,10 @@ class Journal:
         self._end_lanes()
         for folder in (self._memory, self._disk):
             folder.close(remove=remove)
+
+    def is_gone(self) -> bool:
+        """Whether nothing of it is left on disk: after `close`, the agent has taken the rest."""
+        return not (self._memory.path.exists() or self._disk.path.exists())
 
     def abandon_in_child(self) -> None:
         """In a forked child: gives up what is the parent's, above all the lock, without touching

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from trackagent.client import record, values
-from trackagent.client.config import ClientConfig
+from trackagent.client.config import SOCKET_NAME, ClientConfig
 from trackagent.client.errors import (
     ConfigError,
     JournalError,
@@ -52,6 +53,9 @@ _OUR_ERRORS = (
     RuntimeError,
     struct.error,
 )
+
+# How often finish() looks whether the agent has taken a journal that has no sender.
+POLL_S = 0.05
 
 # Types that cannot be on a device; numpy's scalars are added when numpy is seen.
 _plain_types: set[type] = {float, int, bool}
@@ -122,8 +126,12 @@ class Run:
             "forked": forked,
             "job_time_ns": who.job_time_ns,
         }
-        # gRPC does not survive a fork: what a rank forks only writes its journal, and the agent reads that.
-        self._sender = None if forked else Sender(producer, self._config, self._housekeep)
+        # gRPC does not survive a fork: such a process only writes its journal, and the agent reads that.
+        if forked or _grpc_is_lost:
+            producer["sender"] = False
+            self._sender = None
+        else:
+            self._sender = Sender(producer, self._config, self._housekeep)
         self._journal = Journal(
             producer,
             directory=self._config.directory,
@@ -233,6 +241,10 @@ class Run:
         delivered; what was not stays in the journal, for whichever agent next starts on this node.
         Further calls change nothing and return the same.
         """
+        return self._finish(status, error, wait=True)
+
+    def _finish(self, status: str, error: str, *, wait: bool) -> bool:
+        """wait: also where there is no sender, and the agent comes by itself."""
         if type(status) is not str or status not in STATUSES:
             problem = f"the status {_shown(status)} is none of {', '.join(STATUSES)}"
             if self._strict:
@@ -247,15 +259,17 @@ class Run:
             return self._delivered
         _open_runs.discard(self)
         if self._forked_without_journal:
+            # Not the parent's run, of which this process has logged nothing.
+            self._forked_without_journal = False
+            self._journal.seal(0.0, _FINISHED)
             self.status = status
+            self._delivered = True
             return True
         deadline = time.monotonic() + self._config.exit_timeout_s
         self._on_finish(deadline)
         self.status = status
         self._take = _no_lane
-        lane = self._journal.seal(
-            0.5, "the run has finished: log before finish(), or call init() again"
-        )
+        lane = self._journal.seal(0.5, _FINISHED)
         end_written = False
         try:
             if lane is not None:
@@ -272,8 +286,29 @@ class Run:
         if self._sender:
             self._delivered = self._sender.drain(deadline) and end_written
         self._journal.close(remove=self._sender is None or self._sender.ended)
+        if self._sender is None and wait and end_written:
+            self._delivered = self._taken_by_agent(deadline)
         self._emit_warnings()
         return self._delivered
+
+    def _taken_by_agent(self, deadline: float) -> bool:
+        """Waits until the agent has read the closed journal and deleted it; not where no agent listens."""
+        while not self._journal.is_gone():
+            if time.monotonic() >= deadline or not self._agent_listens():
+                return self._journal.is_gone()
+            time.sleep(POLL_S)
+        return True
+
+    def _agent_listens(self) -> bool:
+        """Whether the agent that reads this folder's journals is there."""
+        import socket
+
+        with socket.socket(socket.AF_UNIX) as connection:
+            try:
+                connection.connect(str(self._config.directory / SOCKET_NAME))
+            except OSError:
+                return False
+        return True
 
     def __enter__(self) -> Run:
         return self
@@ -493,10 +528,15 @@ class Run:
         self._journal.abandon_in_child()
 
 
+_FINISHED = "the run has finished: log before finish(), or call init() again"
 _open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+# This process was forked from one that had loaded gRPC, whose threads it lacks.
+_grpc_is_lost = False
 
 
 def _after_fork_in_child() -> None:
+    global _grpc_is_lost
+    _grpc_is_lost = _grpc_is_lost or "grpc" in sys.modules
     for run in list(_open_runs):
         run._after_fork_in_child()
 

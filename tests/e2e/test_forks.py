@@ -1,0 +1,216 @@
+"""Forked processes that begin runs of their own, end in every way, or are forked at an awkward moment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from tests.fakes import (
+    AgentProcess,
+    Folders,
+    Point,
+    next_line,
+    run_script,
+    start_script,
+    wait_until,
+)
+
+# A rank whose sender has connected, so that gRPC is of no more use in what it forks.
+CONNECTED = """
+import multiprocessing, os, signal, sys, threading, time
+from trackagent import client
+
+def connected():
+    for _ in range(1500):
+        if "grpc" in sys.modules and run._sender._stream is not None:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no agent answers")
+
+run = client.init(experiment="forks")
+client.log({"parent": 1.0}, step=0)
+connected()
+"""
+OWN = "own = client.init(experiment='own')\nclient.log({'child': 2.0}, step=0)\n"
+
+
+def child(program: str) -> str:
+    """A script whose forked child runs `program`, and that waits for it."""
+    lines = "".join(f"        {line}\n" for line in program.splitlines())
+    return CONNECTED + (
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    try:\n"
+        f"{lines}"
+        "        sys.stdout.flush()\n"
+        "    except Exception as error:\n"
+        "        print(repr(error), flush=True)\n"
+        "    os._exit(0)\n"
+        "os.waitpid(pid, 0)\n"
+        "print(run.id, client.finish())\n"
+    )
+
+
+def test_a_forked_child_may_begin_and_finish_a_run_of_its_own(agent: AgentProcess) -> None:
+    program = child(OWN + "print(own.id, client.finish(), client.finish())")
+    [own, delivered, again], [run_id, parents] = map(
+        str.split, run_script(agent.folders, program).stdout.splitlines()
+    )
+    assert (delivered, again, parents) == ("True", "True", "True")
+    agent.wait_for_status(own, "finished")
+    agent.wait_for_status(run_id, "finished")
+    assert own != run_id
+    assert agent.exported(own) == [Point("child", "rank 0", 0, 2.0)]
+    assert agent.exported(run_id) == [Point("parent", "rank 0", 0, 1.0)]
+
+
+def test_what_a_forked_childs_own_run_logs_is_stored_while_it_lives(agent: AgentProcess) -> None:
+    program = child(OWN + "print(own.id, flush=True)\nsys.stdin.readline()\nclient.finish()")
+    with start_script(agent.folders, program) as process:
+        own = next_line(process)
+        wait_until(lambda: agent.run(own) is not None and agent.exported(own))
+        assert agent.exported(own) == [Point("child", "rank 0", 0, 2.0)]
+        process.communicate("\n")
+    agent.wait_for_status(own, "finished")
+
+
+def test_a_forked_childs_finish_without_an_agent_is_false_at_once_and_delivers_later(
+    folders: Folders, own_agent: Callable[..., AgentProcess]
+) -> None:
+    program = child(OWN + "print(own.id, client.finish())").replace(
+        "\nconnected()\n", "\nimport grpc\n"
+    )
+    [own, delivered], _ = map(str.split, run_script(folders, program).stdout.splitlines())
+    assert delivered == "False"
+    agent = own_agent("--deliver-interval-s", "0.02").start()
+    agent.wait_for_status(own, "finished")
+    assert agent.exported(own) == [Point("child", "rank 0", 0, 2.0)]
+
+
+# How the child's own run ends; its status and error.
+ENDINGS = {
+    "sys.exit()": ("sys.exit()", "finished", ""),
+    "sys.exit(3)": ("sys.exit(3)", "failed", "SystemExit: 3"),
+    "an exception": ("raise KeyError('x')", "failed", "KeyError: 'x'"),
+    "os._exit": ("os._exit(0)", "killed", "the process ended without finish()"),
+    "SIGKILL": (
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "killed",
+        "the process ended without finish()",
+    ),
+    "SIGTERM": (
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "killed",
+        "the process ended without finish()",
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_run_that_a_forked_child_began_says_how_it_ended(
+    agent: AgentProcess, ending: str
+) -> None:
+    last, status, error = ENDINGS[ending]
+    lines = (OWN + f"print(own.id, flush=True)\n{last}").splitlines()
+    program = CONNECTED + (
+        "pid = os.fork()\nif pid == 0:\n    "
+        + "\n    ".join(lines)
+        + "\nos.waitpid(pid, 0)\nprint(run.id, client.finish())\n"
+    )
+    own, end = run_script(agent.folders, program).stdout.splitlines()
+    run = agent.wait_for_status(own, status)
+    assert run.error == error
+    assert agent.exported(own) == [Point("child", "rank 0", 0, 2.0)]
+    assert agent.wait_for_status(end.split()[0], "finished").error == ""
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "error"),
+    [
+        ("pass", "finished", ""),
+        ("raise KeyError('x')", "failed", "KeyError: 'x'"),
+        ("sys.exit(3)", "failed", "SystemExit: 3"),
+    ],
+)
+def test_a_target_of_multiprocessing_that_ends_ends_its_run(
+    agent: AgentProcess, target: str, status: str, error: str
+) -> None:
+    program = CONNECTED + (
+        "def work():\n"
+        "    own = client.init(experiment='own')\n"
+        "    client.log({'child': 2.0}, step=0)\n"
+        "    print(own.id, flush=True)\n"
+        f"    {target}\n"
+        "worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "worker.start(); worker.join()\n"
+    )
+    own = run_script(agent.folders, program).stdout.strip()
+    assert agent.wait_for_status(own, status).error == error
+    assert agent.exported(own) == [Point("child", "rank 0", 0, 2.0)]
+
+
+def test_a_forked_child_that_finishes_the_run_that_it_inherited_logs_no_more_into_it(
+    agent: AgentProcess,
+) -> None:
+    program = child("print(client.finish(), client.finish()); run.log({'late': 1.0})")
+    answers, end = run_script(agent.folders, program).stdout.splitlines()
+    assert answers == "True True"
+    agent.wait_for_status(end.split()[0], "finished")
+    agent.wait_for_no_journals()
+    agent.wait_for_delivery()
+    assert agent.exported(end.split()[0]) == [Point("parent", "rank 0", 0, 1.0)]
+
+
+def test_a_process_forked_after_finish_may_begin_a_run(agent: AgentProcess) -> None:
+    lines = (OWN + "print(own.id, client.finish(), flush=True)\nos._exit(0)").splitlines()
+    begun = "\n    ".join(["if pid == 0:", *lines])
+    program = f"{CONNECTED}client.finish()\npid = os.fork()\n{begun}\nos.waitpid(pid, 0)\n"
+    own, delivered = run_script(agent.folders, program).stdout.split()
+    assert delivered == "True"
+    agent.wait_for_status(own, "finished")
+    assert agent.exported(own) == [Point("child", "rank 0", 0, 2.0)]
+
+
+def test_processes_forked_while_other_threads_log_can_log_and_so_can_what_they_fork(
+    agent: AgentProcess,
+) -> None:
+    program = (
+        CONNECTED
+        + """
+done = threading.Event()
+
+def work(thread):
+    step = 0
+    while not done.is_set():
+        client.log({f"t{thread}": step, f"t{thread}/{step % 7}": 1.0}, step=step)
+        client.event("x") if step % 50 == 0 else None
+        step += 1
+
+threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
+for thread in threads:
+    thread.start()
+for number in range(6):
+    pid = os.fork()
+    if pid == 0:
+        client.log({"child": number}, step=number)
+        if os.fork() == 0:
+            client.log({"grandchild": number}, step=number)
+            os._exit(0)
+        os.wait()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+done.set()
+for thread in threads:
+    thread.join()
+print(run.id, client.finish())
+"""
+    )
+    run_id, delivered = run_script(agent.folders, program).stdout.split()
+    assert delivered == "True"
+    assert agent.wait_for_status(run_id, "finished").lost_records == 0
+    agent.wait_for_no_journals()
+    agent.wait_for_delivery()
+    logged = Counter((p.key, p.step) for p in agent.exported(run_id) if "child" in p.key)
+    assert logged == Counter((key, n) for key in ("child", "grandchild") for n in range(6))
