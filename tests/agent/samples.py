@@ -79,7 +79,11 @@ def losses(steps: range) -> bytes:
 
 
 def journal(
-    folders: Folders, info: ProducerInfo | None = None, *, memory_bytes: int = 1 << 30
+    folders: Folders,
+    info: ProducerInfo | None = None,
+    *,
+    memory_bytes: int = 1 << 30,
+    segment_bytes: int = SEGMENT_BYTES,
 ) -> Journal:
     """An open journal in `folders`, its owner this process: `close()` makes an orphan of it."""
     info = info or producer()
@@ -87,7 +91,7 @@ def journal(
         {**asdict(info), "producer_id": info.producer_id.hex()},
         directory=folders.directory,
         state_directory=folders.state,
-        segment_bytes=SEGMENT_BYTES,
+        segment_bytes=segment_bytes,
         memory_bytes=memory_bytes,
         journal_bytes=1 << 30,
     )

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trackagent.agent import deaths, producers
+from trackagent.agent.decode import UNREADABLE
 from trackagent.agent.quarantine import set_aside
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import ProducerInfo
@@ -46,6 +47,7 @@ READ_BYTES = 1024 * 1024
 MAX_SEGMENT_BYTES = 64 * 1024 * 1024
 # How long a folder that nobody holds may be in the making; then its maker is dead.
 MAKING_S = 60.0
+_LOGGED_ONCE = (Kind.METRICS, Kind.NAMED, Kind.EVENT)
 _PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
 _IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+")
 
@@ -165,6 +167,10 @@ class Orphans(threading.Thread):
             # Its owner may be deleting it just now.
             with contextlib.suppress(FileNotFoundError):
                 check_folder(folder)
+            lock = folder / LOCK_NAME
+            if lock.is_dir() and not lock.is_symlink():  # what nobody holds and nobody can take
+                reason = "a folder in place of a lock"
+                set_aside(lock, self._quarantine, f"{name}-{LOCK_NAME}", reason)
         with contextlib.ExitStack() as locks:
             if all(locks.enter_context(_locked(folder)) for folder in folders):
                 # One that was made before its owner died must not be missed.
@@ -245,9 +251,11 @@ class Orphans(threading.Thread):
             self._segments(folders, None if live else problems),
             key=lambda found: (found.lane, found.base),
         )
-        if not segments:
+        info = segments[0].info if segments else None
+        if info is None and problems:
+            info = self._known(folders[0].name)
+        if info is None:
             return None
-        info = segments[0].info
         if self._claim is not None:
             self._claim(info.run_id, info.producer_id)
         # Of a new producer, what was before is delivered elsewhere.
@@ -257,8 +265,9 @@ class Orphans(threading.Thread):
         committed = self._spool.open_producer(info, held).result()
         for problem in problems:
             event = {"level": "error", "message": problem}
-            self._spool.append_own(info.producer_id, _encode(Kind.EVENT, event)).result()
-        for found, following in zip(segments, [*segments[1:], None], strict=True):
+            words = _encode(Kind.EVENT, event) + _encode(Kind.LOSS, {UNREADABLE: 1})
+            self._spool.append_own(info.producer_id, words).result()
+        for found, following in zip(segments, [*segments, None][1:], strict=True):
             more = following is not None and following.lane == found.lane
             if live and more and following is not None and following.number > found.number + 1:
                 break  # the owner went on while the headers were read: the next look finds what is between
@@ -267,18 +276,38 @@ class Orphans(threading.Thread):
                 # What was before is lost, and the spool says so in the run: go on with what there is.
                 committed = self._spool.open_producer(info, {found.lane: first}).result()
             end = following.base if following is not None and more else None
-            self._read_segment(found, committed.get(found.lane, 0), end, live=live)
+            others = [] if live else segments
+            self._read_segment(found, committed.get(found.lane, 0), end, others, live=live)
             committed = self._spool.committed(info.producer_id).result()
             if live and more:
                 # The owner has gone on to the next one; its mapping stays valid.
                 found.path.unlink(missing_ok=True)
         return info
 
+    def _known(self, name: str) -> ProducerInfo | None:
+        """The producer of a journal of which nothing can be read, where the spool knows it."""
+        producers = self._spool.statistics().result()["producers"]
+        infos: list[ProducerInfo] = [producer["info"] for producer in producers]
+        return next((info for info in infos if info.producer_id.hex() == name), None)
+
+    def _learn_schemas(self, info: ProducerInfo, segments: list[_Found]) -> None:
+        """A SCHEMA record that is damaged stands in other segments as well, if these have records of it."""
+        for found in segments:
+            with _mapped(found.path) as view:
+                self._spool.open_producer(info, {}, [bytes(view[HEADER_BYTES:])]).result()
+
     def _read_segment(
-        self, found: _Found, committed: int, lane_end: int | None, *, live: bool
+        self,
+        found: _Found,
+        committed: int,
+        lane_end: int | None,
+        others: list[_Found],
+        *,
+        live: bool,
     ) -> None:
         """Spools the segment's records from lane offset `committed` on. `lane_end`: where the next segment
-        goes on; None: in the last one, data ends with the last whole record."""
+        goes on; None: in the last one, data ends with the last record. `others`: where else the schemas of
+        damaged records may stand."""
         with _mapped(found.path) as view:
             start = max(committed - found.base, 0) + HEADER_BYTES
             if start > HEADER_BYTES:
@@ -291,6 +320,12 @@ class Orphans(threading.Thread):
             end = scan.end
             if lane_end is not None:
                 end = max(end, min(lane_end - found.base + HEADER_BYTES, len(view)))
+            elif not live and view[end : end + 8].tobytes().strip(b"\0"):
+                # One that was being written when its process died has no length yet: this one was published.
+                end += record.padded(len(bytes(view[end:]).rstrip(b"\0")))
+                scan.damage.append(record.Damage(scan.end, end, "the last record is damaged"))
+            if scan.damage and not live:
+                self._learn_schemas(found.info, others)
             # In a live journal, a record published during the scan looks like damage.
             for damage in [] if live else scan.damage:
                 logger.error(
@@ -300,12 +335,17 @@ class Orphans(threading.Thread):
                     damage.end,
                     damage.reason,
                 )
+            copies = [] if live else _copies(view, scan.offsets)
             for first, last in _pieces(scan.offsets, start, end):
+                data = bytearray(view[first:last])
+                for at in copies:
+                    if first <= at < last:
+                        data[at - first : at - first + 8] = bytes(8)
                 self._spool.append(
                     found.info.producer_id,
                     found.lane,
                     found.base + first - HEADER_BYTES,
-                    bytes(view[first:last]),
+                    bytes(data),
                 ).result()
 
     def _segments(self, folders: list[Path], problems: list[str] | None = None) -> Iterator[_Found]:
@@ -363,6 +403,22 @@ def _pieces(offsets: list[int], start: int, end: int) -> Iterator[tuple[int, int
             first = offset
     if first < end:
         yield first, end
+
+
+def _copies(view: memoryview, offsets: list[int]) -> list[int]:
+    """Where a record stands that is another one of its segment to the byte. Calls of one lane follow each
+    other, so at the same nanosecond there is one: what stands twice was written over something else."""
+    found = []
+    seen: set[bytes] = set()
+    for offset in offsets:
+        if view[offset + 8] in _LOGGED_ONCE:
+            data = bytes(
+                view[offset : offset + int.from_bytes(view[offset : offset + 4], "little")]
+            )
+            if data in seen:
+                found.append(offset)
+            seen.add(data)
+    return found
 
 
 def _folders(base: Path) -> Iterator[str]:

@@ -10,13 +10,17 @@ logger = logging.getLogger(__name__)
 
 
 def set_aside(path: Path, quarantine: Path, name: str, reason: str) -> Path:
-    """Moves `path` into the folder `quarantine` as `name`, writes `<name without suffix>.reason`,
-    and says so.
+    """Moves `path` into the folder `quarantine` as `name` (numbered where that is taken), writes
+    `<name without suffix>.reason`, and says so.
 
     Returns where it is now. OSError when it cannot be moved.
     """
     quarantine.mkdir(mode=0o700, parents=True, exist_ok=True)
     target = quarantine / name
+    number = 2
+    while target.exists() or target.with_suffix(".reason").exists():
+        target = (quarantine / name).with_stem(f"{Path(name).stem}-{number}")
+        number += 1
     reason = " ".join(reason.split())
     shutil.move(path, target)
     target.with_suffix(".reason").write_text(f"{reason}\n")

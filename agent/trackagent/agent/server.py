@@ -20,7 +20,7 @@ from trackagent.agent.config import AgentConfig
 from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import OutOfOrder, Spool, SpoolFull, UnknownProducer
 from trackagent.agent.store.contract import ProducerInfo, StoreError
-from trackagent.client.segment import MAX_LANES
+from trackagent.client.segment import MAX_LANES, MAX_OFFSET
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
 T = TypeVar("T")
@@ -42,8 +42,6 @@ LOST_BATCHES = "batches of unknown runs, lost with a damaged spool"
 # At the same time on one connection (a rank has two), and the headers of each.
 MAX_CALLS = 128
 MAX_METADATA_BYTES = 16 * 1024
-# The offsets of all of a producer's lanes together fit 64 bits.
-MAX_OFFSET = 1 << 56
 
 
 class _Denied(str):

@@ -11,7 +11,8 @@
 36   u32      identity length, bytes
 40            identity, JSON with the fields of trackagent.v1.Producer; "sender": false where nobody sends
               the journal, and the agent reads it while its owner lives
-4088 u64      offset in the lane that was acknowledged when last heard of; not in the checksum
+4080 u64      offset in the lane that was acknowledged when last heard of; not in the checksum
+4088 u64      the same again: where they differ, the smaller counts
 4096          records (trackagent.client.record); a length of 0: nothing more is published
 """
 
@@ -34,13 +35,15 @@ from trackagent.client.record import Packer
 HEADER_BYTES = 4096
 # At a segment's end, kept for what a full journal must still say: what was lost, and how the run ended.
 LAST_WORDS_BYTES = 8192
-ACKNOWLEDGED_AT = HEADER_BYTES - 8
+ACKNOWLEDGED_AT = HEADER_BYTES - 16
 MAX_IDENTITY_BYTES = ACKNOWLEDGED_AT - 40
 MAGIC = b"TRKJRNL1"
 VERSION = 1
 BYTE_ORDER_MARK = 0xFEFF
 SUFFIX = ".seg"
 MAX_LANES = 64
+# The offsets of all of a producer's lanes together fit 64 bits.
+MAX_OFFSET = 1 << 56
 
 _FIXED = struct.Struct("<8sHHIIIQII")
 _POPULATE: int = getattr(mmap, "MAP_POPULATE", 0)
@@ -80,11 +83,18 @@ def read_header(data: bytes | memoryview | mmap.mmap) -> SegmentHeader | None:
         raise ValueError("the header's checksum does not match")
     if lane >= MAX_LANES:
         raise ValueError(f"lane {lane}")
-    identity = json.loads(bytes(data[_FIXED.size : _FIXED.size + length]))
-    acknowledged = int.from_bytes(data[ACKNOWLEDGED_AT:HEADER_BYTES], "little")
-    if not base <= acknowledged <= base + size or acknowledged % 8:
-        acknowledged = base
-    return SegmentHeader(size, lane, base, number, acknowledged, identity)
+    if base % 8 or base + size > MAX_OFFSET:
+        raise ValueError(f"offset {base} in its lane")
+    try:
+        identity = json.loads(bytes(data[_FIXED.size : _FIXED.size + length]))
+    except RecursionError:
+        raise ValueError("the identity is nested too deeply") from None
+    if not isinstance(identity, dict):
+        raise ValueError("the identity is no JSON object")
+    # Too small an offset costs nothing while the spool knows better; too large a one would cost records.
+    words = struct.unpack_from("<2Q", data, ACKNOWLEDGED_AT)
+    known = [word for word in words if base <= word <= base + size and word % 8 == 0]
+    return SegmentHeader(size, lane, base, number, min(known, default=base), identity)
 
 
 class Segment:
@@ -150,6 +160,7 @@ class Segment:
     def acknowledge(self, offset: int) -> None:
         """Notes, for who finds the file, what need not be delivered again."""
         self.words[ACKNOWLEDGED_AT >> 3] = offset
+        self.words[(ACKNOWLEDGED_AT >> 3) + 1] = offset
 
     def cut(self, start: int, max_bytes: int) -> int:
         """Where whole records from `start` on, published and of `max_bytes` at most, end; after the
