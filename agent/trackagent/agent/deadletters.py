@@ -130,6 +130,15 @@ class DeadLetters:
         self._bytes = self._held() + size
         return letter
 
+    def numbers(self, origin: str) -> list[int]:
+        """The batches of a spool that are kept here, in order."""
+        letters = found(self._folder.parent)
+        return sorted(
+            letter.number
+            for letter in letters
+            if (letter.sink, letter.origin) == (self._sink, origin)
+        )
+
     def marked(self) -> Iterator[DeadLetter]:
         """Those to be delivered again. Marks without a letter are removed."""
         with contextlib.suppress(FileNotFoundError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -89,6 +90,9 @@ def _transactions(data: bytes) -> tuple[bool, list[_Transaction]]:
     sums = _sums(big_endian=good and bool(magic & 1))
     known, computed = struct.unpack_from(">2I", data, 24), sums.of(data[:24], (0, 0))
     good = good and known == computed
+    if not good:  # what it says of its byte order is no more to be believed
+        sums = _Sums(big_endian=sys.byteorder == "big")
+        computed = sums.of(data[:24], (0, 0))
     # Of a log that was begun anew, older frames may follow: their salts differ.
     salts = data[16:24] if good else data[_HEADER_BYTES + 8 : _HEADER_BYTES + 16]
     found: list[_Transaction] = []

@@ -118,13 +118,23 @@ class Pages:
         """What looks like a row, on every page that is in use, in every state."""
         for view, frames in enumerate(self._states):
             for number in sorted(frames) if view else range(1, self._count + 1):
-                data = self.page(number, view)
-                head = _head_bytes(number)
-                if data and data[head] in _WITH_ROWS and not self._is_free(number, view):
-                    for at in _pointers(data, head):
-                        cell = _cell(data, Place(view, number, at))
-                        if cell is not None:
-                            yield cell
+                if not self._is_free(number, view):
+                    yield from self.cells_on(number, view)
+
+    def cells_on(self, number: int, view: int = -1) -> Iterator[Cell]:
+        """What looks like a row on a page."""
+        data = self.page(number, view)
+        head = _head_bytes(number)
+        if data and data[head] in _WITH_ROWS:
+            for at in _pointers(data, head):
+                cell = _cell(data, Place(view, number, at))
+                if cell is not None:
+                    yield cell
+
+    @property
+    def highest(self) -> int:
+        """The greatest number of a page."""
+        return max(self._count, *(max(frames, default=0) for frames in self._states))
 
     def cell(self, place: Place) -> Cell | None:
         """The row that `cells` has found there."""

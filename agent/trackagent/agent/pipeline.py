@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import decode
 from trackagent.agent.sinks.contract import Remembers, Sink
 from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
-from trackagent.agent.store.contract import EventData, Rejected
+from trackagent.agent.store.contract import Batch, BatchId, EventData, Loss, Rejected
 from trackagent.client import record
 from trackagent.client.record import Kind
 
@@ -39,6 +40,8 @@ IDLE_WORK_S = 0.1
 RETRY_INTERVAL_S = 0.5
 # After a rejection deliveries are small; they double until they have this many batches.
 MANY_BATCHES = 4096
+# The reason by which records that a sink has lost are counted.
+GONE = "lost by the store"
 
 
 class _TimeIsUp(Exception):
@@ -120,6 +123,32 @@ class Pipeline(threading.Thread):
         if isinstance(self._sink, Remembers):
             last = self._sink.last_accepted(origin)
             self._spool.accepted(self._sink.name, origin, last).result()
+            self._tell_what_is_gone(origin, last)
+
+    def _tell_what_is_gone(self, origin: str, last: int) -> None:
+        """A sink may have lost what it had accepted: its file is gone, an older copy of it came back, its log
+        was cut off. The runs are told under the ids of what is gone: once, however often this is begun."""
+        aside = self._letters.numbers(origin)
+        cursor, infos = self._spool.delivered_after(self._sink.name, last, aside).result()
+        if not infos:
+            return
+        message = (
+            f"sink {self._sink.name} does not have any more what it had accepted (batches {last + 1} to "
+            f"{cursor}): records of this run are missing, some or all of those until now"
+        )
+        now = time.time_ns()
+        ids = [info.producer_id for info in infos]
+        # Dead letters keep their ids: they may yet be delivered.
+        bounds = [last, *(number for number in aside if last < number <= cursor), cursor + 1]
+        gone = [(at + 1, to - 1) for at, to in pairwise(bounds) if to - at > 1]
+        for first, end in gone:
+            batch = Batch(BatchId(origin, first, end), infos)
+            if (first, end) == gone[-1]:
+                events = [EventData(id_, now, "error", message) for id_ in ids]
+                losses = [Loss(id_, GONE, 1, more=True) for id_ in ids]
+                batch = replace(batch, events=events, losses=losses)
+            self._sink.deliver(batch)
+        logger.error("%s; %d producers are concerned", message, len(infos))
 
     def _next(self) -> Delivery | None:
         try:

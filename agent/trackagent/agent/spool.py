@@ -301,6 +301,20 @@ class Spool:
 
         return self._commits.submit(job)
 
+    def delivered_after(
+        self, sink: str, number: int, aside: Sequence[int]
+    ) -> Future[tuple[int, list[ProducerInfo]]]:
+        """The last batch that counts as delivered to a sink, and who has logged batches after `number` up to
+        that one, as far as is known: of each lane, the last batch is, and it may be one of `aside`."""
+
+        def job() -> tuple[int, list[ProducerInfo]]:
+            cursor = self._sink(sink).cursor
+            found = self._tables.last_delivered(number, cursor) if cursor > number else []
+            producers = dict.fromkeys(producer for producer, last in found if last not in aside)
+            return cursor, [self._info(producer) for producer in producers]
+
+        return self._commits.submit(job)
+
     def next_delivery(
         self, sink: str, max_bytes: int, max_batches: int | None = None
     ) -> Future[Delivery | None]:

@@ -252,6 +252,16 @@ class Tables:
             (*row, checksum("lanes", *row)),
         )
 
+    def last_delivered(self, after: int, cursor: int) -> list[tuple[int, int]]:
+        """Producer and last batch of the lanes whose last batch comes after a number, without those of which
+        all that ever came waits behind the cursor."""
+        return self._connection.execute(
+            "SELECT producer, last FROM lanes AS l WHERE last > ? AND committed > (SELECT "
+            "COALESCE(SUM(size), 0) FROM batches AS b WHERE b.producer = l.producer AND b.lane = l.lane "
+            "AND b.number > ?) ORDER BY producer",
+            (after, cursor),
+        ).fetchall()
+
     def keys(self, producer: int, schema_id: int) -> str | None:
         row = self._execute(
             "SELECT keys FROM schemas WHERE producer = ? AND schema_id = ?", (producer, schema_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent.store.batches import RUN, batch, end, event, points, producer
-from trackagent.agent.store import open_reader, open_writer
+from trackagent.agent.store import open_reader, open_writer, schema
 from trackagent.agent.store.contract import Batch, ProducerInfo, Reader
 from trackagent.agent.store.runs import attempt_numbers
 
@@ -102,8 +102,11 @@ def test_a_store_of_before_keeps_its_attempts(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     stored(path, [batch(1, producer(0), producer(0, attempt=2))]).close()
     with contextlib.closing(sqlite3.connect(path)) as old:
+        for table in schema.TWICE:
+            old.execute(f"DROP INDEX copy_of_{table}")
         old.execute("ALTER TABLE producers DROP COLUMN job_time_ns")
         old.execute("ALTER TABLE producers DROP COLUMN said_attempt")
+        old.execute("PRAGMA application_id = 0")
         old.execute("PRAGMA user_version = 3")
         old.commit()
     third = producer(0, attempt=1, job_time_ns=5, producer_id=b"3" * 16)

@@ -302,20 +302,25 @@ def test_an_older_database_is_brought_up_to_date_with_what_it_holds(
     assert found == {"full": 9}
 
 
+def as_of_version(path: Path, version: int) -> None:
+    query(path, f"PRAGMA application_id = {schema.MARK + version}")
+    query(path, f"PRAGMA user_version = {version}")
+
+
 def test_a_newer_database_is_refused(path: Path, writer: SqliteWriter) -> None:
-    query(path, f"PRAGMA user_version = {schema.VERSION + 1}")
+    as_of_version(path, schema.VERSION + 1)
     with pytest.raises(StoreError, match="use the trackagent that wrote it or a newer one"):
         open_writer(path)
 
 
 def test_a_reader_refuses_a_newer_database(path: Path, writer: SqliteWriter) -> None:
-    query(path, f"PRAGMA user_version = {schema.VERSION + 1}")
+    as_of_version(path, schema.VERSION + 1)
     with pytest.raises(StoreError, match="use the trackagent that wrote it or a newer one"):
         open_reader(path)
 
 
 def test_a_newer_database_is_left_as_it_is(path: Path, writer: SqliteWriter) -> None:
-    query(path, f"PRAGMA user_version = {schema.VERSION + 1}")
+    as_of_version(path, schema.VERSION + 1)
     with pytest.raises(StoreError):
         open_writer(path)
     assert query(path, "PRAGMA user_version") == [(schema.VERSION + 1,)]
@@ -338,7 +343,8 @@ def test_a_file_that_is_no_database_is_set_aside(path: Path) -> None:
     writer = open_writer(path)
     writer.write(batch(1, R0))
     writer.close()
-    assert path.with_name("store.db.damaged-1").read_bytes() == b"no database" * 1000
+    (aside,) = (path.parent / "quarantine").glob("*-store.db")
+    assert aside.read_bytes() == b"no database" * 1000
 
 
 def test_a_closed_writer_says_so(path: Path) -> None:

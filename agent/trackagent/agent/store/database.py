@@ -6,21 +6,30 @@ at the same time (WAL).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+from trackagent.agent.pages import Pages
+from trackagent.agent.quarantine import set_aside
 from trackagent.agent.store import schema
 from trackagent.agent.store.contract import StoreError
+from trackagent.agent.store.salvage import salvage
 
 # The pipeline tries again what is kept: a longer wait would only hold up an agent that is to stop.
 BUSY_TIMEOUT_S = 2.0
 WAL_PAGES = 4_000  # 16 MiB: fewer checkpoints, each of which costs an fsync of the whole file
 WAL_BYTES_KEPT = 64 << 20
+# Up to this size all of a file is looked at when it is opened for writing.
+CHECKED_BYTES = 256 << 20
+
+_REASON_CHARACTERS = 300
 
 _log = logging.getLogger(__name__)
 
@@ -46,21 +55,29 @@ def translated(operation: str, path: Path) -> Iterator[None]:
         raise StoreError(f"cannot {operation} in {path}: {error}; {_next_step(error)}") from error
 
 
-def open_for_writing(path: Path, opener: Opener = connect) -> sqlite3.Connection:
+def open_for_writing(
+    path: Path, opener: Opener = connect, *, damage: str = "", thorough: bool = False
+) -> sqlite3.Connection:
     """The database at `path`, created or migrated where needed; commits are durable when they return.
 
-    A file that is no database is set aside under another name, so that it does not stop what comes.
+    A damaged one goes to the folder `quarantine` beside it, with the reason, and a new one takes its place
+    with what can be read (salvage.py). damage: what has been found wrong with it already. thorough: looks for
+    damage everywhere, however long that takes; else in a file of more than CHECKED_BYTES where there are no
+    points.
     """
     with translated("open the store", path):
         _make_folder(path.parent)
-        try:
-            return _opened(path, opener)
-        except sqlite3.DatabaseError as error:
-            if not _says_damaged(error):
-                raise
-            aside = _set_aside(path)
-            _log.error("the store %s is damaged (%s): set aside as %s", path, error, aside)
-            return _opened(path, opener)
+        _finish_replacing(path, "its replacement was interrupted")
+        problem = damage or _problem(path)
+        if not problem:
+            try:
+                return _opened(path, opener, thorough=thorough)
+            except (sqlite3.DatabaseError, _Damaged) as error:
+                if not says_damaged(error):
+                    raise
+                problem = str(error)
+        _replace(path, problem)
+        return _opened(path, opener, thorough=False)
 
 
 def open_for_reading(path: Path, opener: Opener = connect) -> tuple[sqlite3.Connection, bool]:
@@ -101,14 +118,10 @@ def _make_folder(folder: Path) -> None:
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # SQLite syncs the folder for its files; that the folder itself stays is for us to see to.
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(folder.parent)
 
 
-def _opened(path: Path, opener: Opener) -> sqlite3.Connection:
+def _opened(path: Path, opener: Opener, *, thorough: bool) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     connection = opener(_uri(path, "rw"))
     try:
@@ -121,11 +134,131 @@ def _opened(path: Path, opener: Opener) -> sqlite3.Connection:
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
         connection.execute("PRAGMA cache_size = -16384")
+        fresh = not connection.execute("PRAGMA user_version").fetchone()[0]
+        _check_version(connection)
         schema.migrate(connection, path)
+        if not fresh:
+            everything = thorough or path.stat().st_size <= CHECKED_BYTES
+            _check(connection, everything=everything)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+# --- damage
+
+
+class _Damaged(Exception):
+    """What was found wrong with a file."""
+
+
+def says_damaged(error: BaseException | None) -> bool:
+    """Whether this tells of a damaged file."""
+    told = ("malformed", "not a database", "unsupported file format")
+    return isinstance(error, _Damaged) or any(words in str(error) for words in told)
+
+
+def _problem(path: Path) -> str:
+    """What is wrong with the file or its log that SQLite would not notice, or not in time; "" for nothing."""
+    log = path.with_name(f"{path.name}-wal")
+    if not path.exists() or path.stat().st_size == 0:
+        return "it is gone, its log is not" if log.exists() and log.stat().st_size else ""
+    with contextlib.closing(Pages(path)) as pages:
+        head = pages.page(1)
+        if head[:16] != b"SQLite format 3\0" or pages.page(1, 0)[:16] != head[:16]:
+            return "file is not a database"
+        if any(head[at : at + len(known)] != known for at, known in _HEAD.items()):
+            return "its header is damaged"
+        return pages.log_problem or pages.freelist_problem() or ""
+
+
+# Fields of the header that never change: sizes and versions of the format; and of one with tables, a schema's
+# format, an incremental vacuum and UTF-8.
+_HEAD = {16: b"\x10\0\2\2\0\x40\x20\x20"}
+
+
+def _check_version(connection: sqlite3.Connection) -> None:
+    """_Damaged where a file says that it has another version than its tables have."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    beside = connection.execute("PRAGMA application_id").fetchone()[0] - schema.MARK
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if (version == 0 and names) or (version != beside and schema.VERSION in (version, beside)):
+        raise _Damaged(f"it says that it has version {version}, and {beside}")
+    current = {*schema.TABLES, *(f"copy_of_{table}" for table in schema.TWICE)}
+    if version == schema.VERSION and not current <= names:
+        raise _Damaged("some of its tables are gone")
+    if names:
+        (encoding,) = connection.execute("PRAGMA encoding").fetchone()
+        (vacuum,) = connection.execute("PRAGMA auto_vacuum").fetchone()
+        if encoding != "UTF-8" or vacuum != 2:
+            raise _Damaged("its header is damaged")
+
+
+def _check(connection: sqlite3.Connection, *, everything: bool) -> None:
+    """_Damaged unless trees and indexes are as they should be: all, or those of tables without points."""
+    tables = [""] if everything else [f"({t})" for t in schema.TABLES if t not in schema.LARGE]
+    for table in tables:
+        (found,) = connection.execute(f"PRAGMA integrity_check{table}").fetchone()
+        if found != "ok":
+            raise _Damaged(" ".join(str(found).split()))
+
+
+def _replace(path: Path, reason: str) -> None:
+    """Makes a new file of what can be read of a damaged one, durable before that is moved."""
+    begun = path.with_name(f"{path.name}.begun")
+    begun.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    reason = reason[:_REASON_CHARACTERS]
+    try:
+        _fill(path, begun, reason)
+    except (ArithmeticError, LookupError, TypeError, ValueError, sqlite3.IntegrityError):
+        _log.exception("nothing can be read of the damaged store %s", path)
+        begun.unlink(missing_ok=True)
+    if begun.exists():
+        _sync(begun)
+        begun.rename(path.with_name(f"{path.name}.salvaged"))
+        _finish_replacing(path, reason)
+    else:
+        _set_aside(path, reason)
+
+
+def _fill(path: Path, begun: Path, reason: str) -> None:
+    os.close(os.open(begun, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(connect(_uri(begun, "rw"))) as connection:
+        for setting in ("page_size = 4096", "auto_vacuum = INCREMENTAL"):
+            connection.execute(f"PRAGMA {setting}")
+        for setting in ("journal_mode = OFF", "synchronous = OFF"):  # it counts when it is whole
+            connection.execute(f"PRAGMA {setting}")
+        schema.migrate(connection, begun)
+        connection.execute("BEGIN")
+        report = salvage(path, connection, reason)
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode = WAL")
+    lines = [line for lines in report.runs.values() for line in lines] or report.others
+    _log.error(
+        "the store %s is damaged (%s); what can be read is kept; missing: %s",
+        path,
+        reason,
+        "; ".join(lines[:20]) or "nothing that is known of",
+    )
+
+
+def _finish_replacing(path: Path, reason: str) -> None:
+    """Puts a new file that is whole in the place of the damaged one."""
+    ready = path.with_name(f"{path.name}.salvaged")
+    if ready.exists():
+        _set_aside(path, reason)
+        ready.rename(path)
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _uri(path: Path, mode: str) -> str:
@@ -151,21 +284,16 @@ def _has_log(path: Path) -> bool:
     return log.exists() and log.stat().st_size > 0
 
 
-def _set_aside(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
+def _set_aside(path: Path, reason: str) -> None:
+    quarantine = path.parent / "quarantine"
+    name = f"{time.time_ns()}-{path.name}"
+    quarantine.mkdir(mode=0o700, exist_ok=True)
     # The log belongs to the file and goes with it; replayed into a new one it would damage that too.
     for suffix in ("-wal", "-shm"):
-        beside = path.with_name(path.name + suffix)
-        if beside.exists():
-            beside.rename(aside.with_name(aside.name + suffix))
-    path.rename(aside)
-    return aside
-
-
-def _says_damaged(error: Exception) -> bool:
-    return "malformed" in str(error) or "not a database" in str(error)
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(quarantine / (name + suffix))
+    with contextlib.suppress(FileNotFoundError):
+        set_aside(path, quarantine, name, reason)
 
 
 def _next_step(error: Exception) -> str:
@@ -174,6 +302,6 @@ def _next_step(error: Exception) -> str:
         return "free some space on that disk"
     if "locked" in text:
         return "another process has been writing for long; try again"
-    if _says_damaged(error):
-        return "the file is damaged: stop the agent and move it aside to start a new store"
+    if says_damaged(error):
+        return "the file is damaged: restart the agent, which keeps what can be read of it"
     return "check that the folder exists and belongs to you"

@@ -159,7 +159,7 @@ class SqliteReader:
                 " WHERE p.run = ? ORDER BY t.id",
                 (self._row_of(connection, run_id),),
             ).fetchall()
-        return _as_infos(rows)
+            return _as_infos(rows)
 
     def series(self, run_id: str, key: str, source: str) -> Series:
         with self._connected("read a series") as connection:
@@ -227,7 +227,10 @@ class SqliteReader:
         try:
             with database.translated(operation, self._path):
                 connection.execute("BEGIN")
-                yield connection
+                try:
+                    yield connection
+                except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+                    raise sqlite3.DatabaseError(f"a row is malformed: {error}") from error
                 connection.execute("COMMIT")
             with self._lock:
                 if lasting and not self._closed:

@@ -57,6 +57,16 @@ def mark_applied(connection: sqlite3.Connection, id_: BatchId) -> bool:
     return True
 
 
+def forget_applied(connection: sqlite3.Connection) -> None:
+    """Notes that batches may have been written of which `applied` does not know any more."""
+    connection.execute("INSERT OR IGNORE INTO applied (origin, first, last) VALUES ('', 0, 0)")
+
+
+def forgot_applied(connection: sqlite3.Connection) -> bool:
+    """Whether a batch that is not known may have been written all the same."""
+    return bool(connection.execute("SELECT 1 FROM applied WHERE origin = ''").fetchone())
+
+
 def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | None:
     """Adds a producer with its run and source; returns the run, None when it was there before."""
     known = connection.execute("SELECT 1 FROM producers WHERE producer_id = ?", (info.producer_id,))

@@ -1,8 +1,9 @@
 """The tables of the embedded store and how an older file becomes a current one.
 
-`PRAGMA user_version` is the version of a file, 0 when it is empty; version n comes from n-1 by
-MIGRATIONS[n-1]. Rows are few: what grows with the number of points are `chunks` and `columns` only, and what
-lists show (`runs`, `streams`) is kept current by the writer, never counted.
+`PRAGMA user_version` is the version of a file, 0 when it is empty (in `application_id` it stands again, with
+MARK); version n comes from n-1 by MIGRATIONS[n-1]. Rows are few: what grows with the number of points are
+`chunks` and `columns` only, and what lists show (`runs`, `streams`) is kept current by the writer, never
+counted.
 
 experiments  one a name
 runs         one a run, all that RunSummary shows
@@ -18,13 +19,15 @@ chunks       points [start, start + n) of a stream; data: a block with all colum
 columns      id = chunk * 16384 + position; position 0 the steps, 1 the times, 2 + i the i-th key
 losses       one a (producer, reason); counted: largest count from the beginning, more: additions to it
 gaps         one a (producer, reason, first_time_ns): log calls refused in a row
-applied      ranges of spool sequence numbers that were written
+applied      ranges of spool sequence numbers that were written; origin "" where some of them were lost with
+             a damaged file
+copy_of_*    indexes with all of a table that cannot be computed from other rows, see TWICE
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +37,35 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 COLUMNS_PER_CHUNK = 16_384
+MARK = 0x746B_0000  # with the version: PRAGMA application_id from version 5 on
+
+TABLES = (
+    *("experiments", "runs", "sources", "producers", "keysets", "streams", "chunks", "columns"),
+    *("params", "tags", "events", "losses", "gaps", "applied"),
+)
+LARGE = ("chunks", "columns")
+PARTIAL_INDEX = "idx_streams_due"
+CHUNKS_INDEX = "idx_chunks_stream_start"
+# What cannot be computed from other rows stands in an index as well: on other pages, so that one that is
+# damaged costs nothing, and so that SQLite's own check finds a value that was changed. A column that is not
+# asked for comes first: these indexes are not meant for questions.
+TWICE = {
+    "producers": (
+        *("pid", "node", "start_time_ns", "local_rank", "world_size", "rank", "forked", "run_name"),
+        *("experiment", "job_time_ns", "said_attempt", "attempt", "end_status", "end_time_ns"),
+        *("end_error", "logged", "producer_id", "run", "source"),
+    ),
+    "keysets": ("keys",),
+    "params": ("time_ns", "value", "run", "key"),
+    "tags": ("time_ns", "value", "run", "key"),
+    "events": ("time_ns", "level", "step", "message", "data", "producer", "run"),
+    "losses": ("reason", "producer", "counted", "more"),
+    "gaps": (
+        *("last_time_ns", "reason", "producer", "first_time_ns", "first_step", "last_step"),
+        "records",
+    ),
+    "applied": ("last", "first", "origin"),
+}
 
 
 def migrate(connection: sqlite3.Connection, path: Path) -> None:
@@ -51,12 +83,21 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
         # Looked at again under the lock: another process may have been quicker.
         for step in MIGRATIONS[version_of(connection, path) :]:
             step(database)
+        # Twice, so that damage to one is not taken for another version.
+        connection.execute(f"PRAGMA application_id = {MARK + len(MIGRATIONS)}")
         connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def indexes_of(names: Iterable[str], table: str) -> list[tuple[str, bool]]:
+    """Those of `names` that are indexes of a table, and whether they are its copy."""
+    copy = f"copy_of_{table}"
+    of = (f"idx_{table}_", f"sqlite_autoindex_{table}_")
+    return [(name, name == copy) for name in names if name == copy or name.startswith(of)]
 
 
 def version_of(connection: sqlite3.Connection, path: Path) -> int:
@@ -243,10 +284,16 @@ def _version_4(database: Database) -> None:
     database.execute("UPDATE producers SET said_attempt = attempt")
 
 
+def _version_5(database: Database) -> None:
+    for table, columns in TWICE.items():
+        database.execute(f"CREATE INDEX copy_of_{table} ON {table} ({', '.join(columns)})")
+
+
 MIGRATIONS: tuple[Callable[[Database], None], ...] = (
     _version_1,
     _version_2,
     _version_3,
     _version_4,
+    _version_5,
 )
 VERSION = len(MIGRATIONS)

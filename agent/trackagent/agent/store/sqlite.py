@@ -9,8 +9,10 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from trackagent.agent.store import chunks, compaction, database, runs
 from trackagent.agent.store.contract import (
@@ -29,6 +31,21 @@ _PAGES_A_TIME = 256
 NEXT_DUE = (
     "SELECT s.id, k.keys, s.due FROM streams s JOIN keysets k ON k.id = s.keyset"
     " WHERE s.due > 0 LIMIT 1"
+)
+
+NEXT_CHUNK = (
+    "SELECT c.id, c.stream, c.start, c.n, c.level, c.increasing, CAST(c.data AS BLOB), k.keys FROM chunks c"
+    " JOIN streams s ON s.id = c.stream JOIN keysets k ON k.id = s.keyset"
+    f" WHERE c.id > ? AND c.level > {chunks.DAMAGED} ORDER BY c.id LIMIT 1"
+)
+
+_STREAM_OF = (
+    "SELECT s.id FROM producers p JOIN streams s ON s.producer = p.id JOIN keysets k ON k.id = s.keyset"
+    " WHERE p.producer_id = ? AND k.keys = ?"
+)
+_EVENT_OF = (
+    "SELECT 1 FROM events e JOIN producers p ON p.id = e.producer"
+    " WHERE e.time_ns = ? AND e.message = ? AND p.producer_id = ?"
 )
 
 _Figures = dict[int, list[int]]  # run -> [series, points, records, lost records] to add
@@ -52,6 +69,11 @@ class SqliteWriter:
         self._opener = opener
         self._clock = clock
         self._closed = False
+        # What says that the file is damaged; whether something might: the next opening sees to it.
+        self._damage = ""
+        self._suspect = False
+        # The last chunk that was looked at for damage, None when all were.
+        self._checked: int | None = 0
         self._data_version = -1
         self._streams = Streams()
         self._producers: dict[bytes, Producer] = {}
@@ -60,13 +82,14 @@ class SqliteWriter:
     def write(self, batch: Batch) -> None:
         try:
             with self._transaction("write a batch") as connection:
-                if runs.mark_applied(connection, batch.id):
+                new = runs.mark_applied(connection, batch.id)
+                if new and not (runs.forgot_applied(connection) and self._has(connection, batch)):
                     self._apply(connection, batch)
         except (UnicodeEncodeError, OverflowError, sqlite3.DataError) as error:
             raise Rejected(f"batch {batch.id} holds what cannot be stored: {error}") from error
 
     def last_written(self, origin: str) -> int:
-        with database.translated("look up batches", self._path):
+        with self._watched("look up batches"):
             (last,) = (
                 self._open()
                 .execute("SELECT coalesce(max(last), 0) FROM applied WHERE origin = ?", (origin,))
@@ -77,7 +100,7 @@ class SqliteWriter:
     def compact(self, deadline_s: float) -> bool:
         deadline = self._clock() + deadline_s
         if not self._due():
-            return self._give_back_pages(deadline)
+            return self._give_back_pages(deadline) or self._look_for_damage(deadline)
         # Merges need not be durable: a power loss brings the old chunks back, and the next batch's
         # commit syncs the log with everything before it.
         self._pragma("synchronous = NORMAL")
@@ -88,7 +111,7 @@ class SqliteWriter:
                     return True
         finally:
             self._sync_again()
-        return self._give_back_pages(deadline)
+        return self._give_back_pages(deadline) or self._look_for_damage(deadline)
 
     def close(self) -> None:
         self._closed = True
@@ -103,13 +126,16 @@ class SqliteWriter:
         if self._closed:
             raise StoreError(f"the store {self._path} is closed")
         if self._connection is None:
-            self._connection = database.open_for_writing(self._path, self._opener)
+            self._connection = database.open_for_writing(
+                self._path, self._opener, damage=self._damage, thorough=self._suspect
+            )
+            self._damage, self._suspect = "", False
         return self._connection
 
     @contextmanager
     def _transaction(self, operation: str) -> Iterator[sqlite3.Connection]:
         connection = self._open()
-        with database.translated(operation, self._path):
+        with self._watched(operation):
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 version = connection.execute("PRAGMA data_version").fetchone()[0]
@@ -122,6 +148,26 @@ class SqliteWriter:
                 self._forget()
                 self._roll_back(connection)
                 raise
+
+    @contextmanager
+    def _watched(self, operation: str) -> Iterator[None]:
+        """Translates errors; after one that damage may have caused the file is opened anew, and looked at."""
+        try:
+            with database.translated(operation, self._path):
+                yield
+        except (StoreError, sqlite3.DataError, TypeError, ValueError, LookupError) as error:
+            cause = error.__cause__
+            if database.says_damaged(cause):
+                self._damage = str(cause)
+            elif isinstance(error, (Rejected, UnicodeEncodeError, sqlite3.DataError)) or (
+                isinstance(error, StoreError) and not isinstance(cause, sqlite3.IntegrityError)
+            ):
+                raise
+            self._suspect = True
+            if self._connection is not None:
+                self._forget()
+                self._drop(self._connection)
+            raise
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
@@ -150,7 +196,7 @@ class SqliteWriter:
         self._streams.forget()
 
     def _pragma(self, setting: str) -> list[tuple[int, ...]]:
-        with database.translated("set up the store", self._path):
+        with self._watched("set up the store"):
             return self._open().execute(f"PRAGMA {setting}").fetchall()
 
     # --- one batch ---------------------------------------------------------------------------------
@@ -200,6 +246,28 @@ class SqliteWriter:
         for run in changed:
             runs.settle(connection, run)
 
+    def _has(self, connection: sqlite3.Connection, batch: Batch) -> bool:
+        """Whether something of the batch is stored, and so, since batches are written whole, all that could
+        be kept of it: one and the same record is never logged twice at the same time."""
+        for (producer_id, keys), group in _grouped(batch.points).items():
+            for stream in connection.execute(_STREAM_OF, (producer_id, "\n".join(keys))):
+                steps = np.concatenate([points.steps for points in group])
+                times = np.concatenate([points.times_ns for points in group])
+                for part in chunks.chunks_of(connection, stream[0], len(keys)):
+                    with suppress(chunks.ChunkDamaged):
+                        there = chunks.read_ints(connection, part, chunks.STEPS)
+                        if np.isin(there, steps).any():
+                            when = chunks.read_ints(connection, part, chunks.TIMES)
+                            both = set(zip(there.tolist(), when.tolist(), strict=True))
+                            if not both.isdisjoint(
+                                zip(steps.tolist(), times.tolist(), strict=True)
+                            ):
+                                return True
+        return any(
+            connection.execute(_EVENT_OF, (said.time_ns, said.message, said.producer_id)).fetchone()
+            for said in batch.events
+        )
+
     def _producer(self, connection: sqlite3.Connection, producer_id: bytes) -> Producer:
         known = self._producers.get(producer_id)
         if known is not None:
@@ -222,7 +290,7 @@ class SqliteWriter:
 
     def _due(self) -> tuple[int, int, int] | None:
         """(stream, number of keys, due) of a stream that compaction should look at."""
-        with database.translated("merge chunks", self._path):
+        with self._watched("merge chunks"):
             found = self._open().execute(NEXT_DUE).fetchone()
         return (found[0], found[1].count("\n") + 1, found[2]) if found else None
 
@@ -241,12 +309,34 @@ class SqliteWriter:
         excess = self._pragma("freelist_count")[0][0] - max(_PAGES_KEPT, pages // 8)
         while excess > 0:
             # As a script, since Python's sqlite3 stops after one page of it otherwise.
-            with database.translated("shrink the store", self._path):
+            with self._watched("shrink the store"):
                 self._open().executescript(f"PRAGMA incremental_vacuum({_PAGES_A_TIME})")
             excess -= _PAGES_A_TIME
             if self._clock() >= deadline:
                 return excess > 0
         return False
+
+    def _look_for_damage(self, deadline: float) -> bool:
+        """Compares the checksums of all chunks, once in the life of a writer, and sets damaged ones aside;
+        True when more are left."""
+        while self._checked is not None and self._clock() < deadline:
+            with self._watched("look for damage"):
+                row = self._open().execute(NEXT_CHUNK, (self._checked,)).fetchone()
+            if row is None:
+                self._checked = None
+                break
+            id_, stream, start, n, level, increasing, data, joined = row
+            chunk = chunks.Chunk(
+                id_, start, n, level, bool(increasing), joined.count("\n") + 1, data
+            )
+            self._checked = id_
+            with self._watched("look for damage"):
+                damaged = chunks.find_damage(self._open(), chunk)
+            if damaged:
+                reason = next(iter(damaged.values()))
+                with self._transaction("set a damaged chunk aside") as connection:
+                    _set_aside(connection, stream, chunks.ChunkDamaged(id_, reason))
+        return self._checked is not None
 
 
 def _grouped(
