@@ -122,6 +122,26 @@ def test_training_processes_that_would_refuse_to_start_are_a_failure(config: Age
     assert check.status == "fail"
 
 
+def sending_to(config: AgentConfig, path: Path) -> doctor.Check:
+    theirs = {"TRACKAGENT_DIR": str(config.directory), "TRACKAGENT_AGENT": f"unix:{path}"}
+    theirs["XDG_CONFIG_HOME"] = "/nonexistent"
+    return doctor.check_training_processes(config, lambda: ClientConfig.load(environ=theirs))
+
+
+def test_training_processes_that_send_to_another_agent_are_fine(
+    config: AgentConfig, tmp_path: Path
+) -> None:
+    assert sending_to(config, tmp_path / "later.sock").status == "ok"
+
+
+def test_training_processes_that_would_send_nothing_are_a_failure(
+    config: AgentConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "agent.sock").touch()
+    check = sending_to(config, tmp_path / "agent.sock")
+    assert (check.status, "is not a socket" in check.found) == ("fail", True)
+
+
 # --- folders
 
 

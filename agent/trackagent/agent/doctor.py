@@ -22,9 +22,9 @@ from typing import Literal, Protocol
 
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
+from trackagent.client import trust
 from trackagent.client.config import MAX_SOCKET_PATH_BYTES, ClientConfig, socket_address
 from trackagent.client.errors import TrackagentError
-from trackagent.client.trust import why_refused
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -179,6 +179,14 @@ def check_training_processes(config: AgentConfig, load: Callable[[], ClientConfi
             f"set TRACKAGENT_DIR={config.directory} for them, or use trackagent run",
         )
     if theirs.agent != socket_address(config.directory):
+        try:
+            trust.check_socket(Path(theirs.agent.removeprefix("unix:")), theirs.agent_owners())
+        except FileNotFoundError:
+            pass  # it may start later
+        except (OSError, TrackagentError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            advice = "if you trust the user who runs that agent: set TRACKAGENT_AGENT_USER to them"
+            return Check(name, "fail", f"send nothing to {theirs.agent}: {why}", advice)
         return Check(name, "ok", f"send to {theirs.agent}")
     return Check(name, "ok", f"use the same folder, {theirs.directory}")
 
@@ -214,7 +222,7 @@ def check_folder(name: str, folder: Path, uid: int, *, shared: bool) -> Check:
         )
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return Check(name, "fail", f"{folder} is not writable", f"chmod u+rwx {folder}")
-    if why := why_refused(folder):
+    if why := trust.why_refused(folder):
         return Check(name, "fail", why, f"make it private, or choose another ({_setting(name)})")
     if mode & (0o007 if shared else 0o077):
         advice = f"chmod {'0710' if shared else '0700'} {folder}"

@@ -121,8 +121,8 @@ class Gate:
         if self._connections.total() < self._most and (
             own or self._connections[uid] < self._most // 2
         ):
-            self._told.discard(uid)
             return True
+        # Once: who comes and goes at the limit must not fill the log.
         if uid not in self._told:
             self._told.add(uid)
             logger.warning(
