@@ -15,6 +15,7 @@ from trackagent.client.values import check_key
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[!-~]{1,253}")
 MAX_RANKS = 1 << 24
+ID_BYTES = 16
 
 
 class BadIdentity(AgentError):
@@ -48,8 +49,8 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
         value = getattr(info, name)
         if not low <= value < high:
             raise BadIdentity(f"{name} is {value!r}: expected {low} to {high - 1}")
-    if len(info.producer_id) != 16:
-        raise BadIdentity("producer_id is not 16 bytes")
+    if len(info.producer_id) != ID_BYTES:
+        raise BadIdentity(f"producer_id is not {ID_BYTES} bytes")
     if not _RUN_ID.fullmatch(info.run_id):
         raise BadIdentity("run_id is not 32 lower-case hexadecimal digits")
     if not _NODE.fullmatch(info.node):

@@ -17,6 +17,7 @@ from grpc_health.v1.health import aio as health_aio
 from trackagent.agent import producers
 from trackagent.agent.access import Access
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.messages import Readable
 from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import OutOfOrder, Spool, SpoolFull, UnknownProducer
 from trackagent.agent.store.contract import ProducerInfo, StoreError
@@ -144,7 +145,10 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         finally:
             self._streams -= 1
             self._users_streams[user] -= 1
-            self._connected.subtract(commits.producer_ids)
+            for producer_id in commits.producer_ids:
+                self._connected[producer_id] -= 1
+                if not self._connected[producer_id]:
+                    del self._connected[producer_id]
             reader.cancel()
 
     async def _read(
@@ -176,7 +180,9 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                     await self._access.check(peer, request.producer_id)
                 except NotYours as error:
                     return _Denied(error)
-            if len(producer_ids) < MAX_PRODUCERS:
+            # Remembered for as long as the stream lasts; of another length, the spool knows none.
+            known_length = len(request.producer_id) == producers.ID_BYTES
+            if known_length and len(producer_ids) < MAX_PRODUCERS:
                 producer_ids.add(request.producer_id)
                 self._connected[request.producer_id] += 1
         most = self._config.uncommitted_bytes
@@ -239,13 +245,14 @@ class Servicer(agent_pb2_grpc.AgentServicer):
 async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.aio.Server:
     """Serves `servicer` and grpc.health.v1 at `address`. OSError when it cannot listen there."""
     server = grpc.aio.server(
+        interceptors=[Readable()],
         options=[
             ("grpc.max_receive_message_length", max_batch_bytes + 64 * 1024),
             ("grpc.so_reuseport", 0),
             ("grpc.max_concurrent_streams", MAX_CALLS),
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-        ]
+        ],
     )
     agent_pb2_grpc.add_AgentServicer_to_server(servicer, server)
     health = health_aio.HealthServicer()

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AgentStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """INVALID_ARGUMENT at any call: the message cannot be read. PERMISSION_DENIED: the run is another user's.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -57,7 +58,8 @@ class AgentStub(object):
 
 
 class AgentServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """INVALID_ARGUMENT at any call: the message cannot be read. PERMISSION_DENIED: the run is another user's.
+    """
 
     def OpenRun(self, request, context):
         """Announces a producer and learns from which offsets to go on. Idempotent.
@@ -81,6 +83,7 @@ class AgentServicer(object):
 
     def CloseRun(self, request, context):
         """The producer has ended and will push no more. Idempotent.
+        INVALID_ARGUMENT: an end is out of range.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +128,8 @@ def add_AgentServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Agent(object):
-    """Missing associated documentation comment in .proto file."""
+    """INVALID_ARGUMENT at any call: the message cannot be read. PERMISSION_DENIED: the run is another user's.
+    """
 
     @staticmethod
     def OpenRun(request,
