@@ -380,6 +380,15 @@ def test_a_segment_set_aside_is_kept_as_it_was(orphans: Orphans, folders: Folder
     assert (folders.state / "quarantine" / f"{NAME}-{path.name}").read_bytes() == data
 
 
+def test_taking_a_journal_over_waits_for_nobody_to_share_its_commits(
+    open_spool: Callable[..., Spool], folders: Folders
+) -> None:
+    left_behind(folders)
+    spool = open_spool(linger_s=3600)
+    Orphans(spool, folders.directory, folders.state, folders.state / "quarantine").look()
+    assert folders.journals() == []
+
+
 def test_the_run_says_which_segment_was_set_aside(
     spool: Spool, orphans: Orphans, folders: Folders
 ) -> None:

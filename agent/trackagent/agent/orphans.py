@@ -346,6 +346,7 @@ class Orphans(threading.Thread):
                     found.lane,
                     found.base + first - HEADER_BYTES,
                     bytes(data),
+                    waits=True,
                 ).result()
 
     def _segments(self, folders: list[Path], problems: list[str] | None = None) -> Iterator[_Found]:

@@ -68,6 +68,9 @@ class Pipeline(threading.Thread):
         self._deadline: float | None = None
         self._stopping = threading.Event()
         spool.add_sink(sink.name).result()
+        # Before anything new comes, if it can be had now; when the thread runs, it asks until it can.
+        with contextlib.suppress(Exception):
+            self._agree()
 
     @property
     def sink_name(self) -> str:

@@ -57,11 +57,13 @@ class Hole:
 class Salvaged:
     """What a new spool begins with. producers: number → (producer_id, info, ended_ns); lanes: (producer,
     lane) → (committed, last batch). ownerless: batches, and bytes of them, whose producer is not known any
-    more; lost: all such batches there ever were."""
+    more; lost: all such batches there ever were; renamed: the last number that was given under another
+    name."""
 
     origin: str | None = None
     first_number: int = 1
     lost: int = 0
+    renamed: int = 0
     producers: dict[int, tuple[bytes, str, int | None]] = field(default_factory=dict)
     lanes: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     schemas: dict[tuple[int, int], str] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Salvaged:
 def salvaged(pages: Pages) -> Salvaged:
     """Everything that can be read on `pages` and is true."""
     found = _Rows(pages)
-    origin, first_number, lost = found.spool
+    origin, first_number, lost, renamed = found.spool
     if origin is None:
         origin = next((sink.origin for sink in found.sinks.values()), None)
     known = found.last_producers()
@@ -82,6 +84,7 @@ def salvaged(pages: Pages) -> Salvaged:
         origin=origin,
         first_number=max(first_number, found.highest + NUMBERS_LEFT_OUT),
         lost=lost,
+        renamed=renamed,
         producers=known,
         schemas={key: text for key, text in found.schemas.items() if key[0] in known},
         lanes={key: lane for key, lane in found.lanes.items() if key[0] in known},
@@ -142,11 +145,11 @@ def _link(result: Salvaged) -> None:
 
 
 class _Rows:
-    """The rows with a good checksum on some pages, the last state of each. spool: its name, or None, its
-    first number, and its lost batches. highest: the greatest number that a batch is known to have had."""
+    """The rows with a good checksum on some pages, the last state of each. spool: its name, or None, and its
+    other columns. highest: the greatest number that a batch is known to have had."""
 
     def __init__(self, pages: Pages) -> None:
-        self.spool: tuple[str | None, int, int] = None, 1, 0
+        self.spool: tuple[str | None, int, int, int] = None, 1, 0, 0
         self.producers: dict[int, tuple[bytes, str, int | None]] = {}
         self.lanes: dict[tuple[int, int], tuple[int, int]] = {}
         self.schemas: dict[tuple[int, int], str] = {}
@@ -194,10 +197,10 @@ class _Rows:
         if other is None or not batch_bytes(self._pages, other)[1]:
             self.batches[head.number] = head
 
-    def _take_spool(self, _: Any, origin: Any, first_number: Any, lost: Any) -> None:
+    def _take_spool(self, _: Any, origin: Any, *figures: Any) -> None:
         # A spool that gets another name begins with a greater number.
-        if self.spool[0] is None or (first_number, lost) >= self.spool[1:]:
-            self.spool = origin, first_number, lost
+        if self.spool[0] is None or figures >= self.spool[1:]:
+            self.spool = origin, *figures
 
     def _take_producer(self, number: Any, producer_id: Any, info: Any, ended_ns: Any) -> None:
         if number not in self.producers or ended_ns is not None:

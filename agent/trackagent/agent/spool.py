@@ -119,6 +119,8 @@ class Spool:
         self._tables = Tables(self._writer)
         # What the ids of its batches begin with.
         self.origin = self._tables.origin()
+        # Greater than the number of each batch that was there when the file was opened.
+        self._first_since = self._tables.next_number()
         self._received_bytes = 0
         self._infos: dict[int, ProducerInfo] = {}
         self._schemas: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -135,6 +137,7 @@ class Spool:
         self._writer = self._file.replace(str(error))
         self._tables = Tables(self._writer)
         self.origin = self._tables.origin()
+        self._first_since = self._tables.next_number()
         self._infos.clear()
         self._schemas.clear()
         self._schemas_bytes = 0
@@ -177,9 +180,16 @@ class Spool:
         return self._spooling(job, size=0, undo=self._infos.clear, patient=False)
 
     def append(
-        self, producer_id: bytes, lane: int, first_offset: int, journal_bytes: bytes
+        self,
+        producer_id: bytes,
+        lane: int,
+        first_offset: int,
+        journal_bytes: bytes,
+        *,
+        waits: bool = False,
     ) -> Future[int]:
         """Commits whole records of a lane; the result is the offset up to which the lane is then committed.
+        waits: somebody does nothing else meanwhile, so that it does not linger.
 
         Fails with SpoolFull, UnknownProducer or OutOfOrder.
         """
@@ -187,13 +197,16 @@ class Spool:
         return self._spooling(
             lambda: self._append(producer_id, lane, first_offset, journal_bytes, schemas),
             size=len(journal_bytes),
+            patient=not waits,
         )
 
     def append_own(self, producer_id: bytes, encoded: bytes) -> Future[int]:
         """Commits a record of the agent's own about a producer, after those of before."""
         schemas = _schemas_in(encoded)
         return self._spooling(
-            lambda: self._append(producer_id, AGENT_LANE, None, encoded, schemas), size=len(encoded)
+            lambda: self._append(producer_id, AGENT_LANE, None, encoded, schemas),
+            size=len(encoded),
+            patient=False,
         )
 
     def end_producer(self, producer_id: bytes, last_word: bytes = b"") -> Future[None]:
@@ -206,7 +219,7 @@ class Spool:
                 return None, 0
             return None, self._append(producer_id, AGENT_LANE, None, last_word, [])[1]
 
-        return self._spooling(job, size=len(last_word))
+        return self._spooling(job, size=len(last_word), patient=False)
 
     def _spooling(
         self,
@@ -274,8 +287,8 @@ class Spool:
         """The sink says that it has the batches of `origin` up to `last`; the spool may know of less after
         damage.
 
-        Where it was never given that many, this file is an older copy of itself. Its next numbers were given
-        to other batches, so it goes on under another origin.
+        Where there had never been that many when it was opened, this file is an older copy of itself. The
+        numbers that follow were given to other batches, so it goes on under another origin.
         """
 
         def job() -> None:
@@ -283,20 +296,20 @@ class Spool:
             sink = self._sink(name)
             if sink.origin != origin or sink.cursor >= last:
                 return
-            following = tables.next_number()
-            if last >= following:
+            if last < self._first_since:
+                tables.move_cursor(name, last, rejected=False)
+            else:
                 self.origin = uuid4().hex
-                tables.name(self.origin, last + 1, tables.lost())
-                tables.put_sink(name, SinkState(self.origin, last, None, sink.rejected))
+                cursor = max(sink.cursor, self._first_since - 1)
+                tables.name(self.origin, last + 1, tables.lost(), cursor)
+                tables.put_sink(name, SinkState(self.origin, cursor, None, sink.rejected))
                 logger.warning(
-                    "the spool is an older copy of itself: sink %s has batch %d, the last one here is %d; "
+                    "the spool is an older copy of itself: sink %s has batch %d, the last one here was %d; "
                     "what ranks had delivered in between is named in their runs",
                     name,
                     last,
-                    following - 1,
+                    self._first_since - 1,
                 )
-            else:
-                tables.move_cursor(name, last, rejected=False)
             tables.delete_delivered()
 
         return self._commits.submit(job)
@@ -309,7 +322,8 @@ class Spool:
 
         def job() -> tuple[int, list[ProducerInfo]]:
             cursor = self._sink(sink).cursor
-            found = self._tables.last_delivered(number, cursor) if cursor > number else []
+            after = max(number, self._tables.renamed())
+            found = self._tables.last_delivered(after, cursor) if cursor > after else []
             producers = dict.fromkeys(producer for producer, last in found if last not in aside)
             return cursor, [self._info(producer) for producer in producers]
 

@@ -130,7 +130,7 @@ class SpoolFile:
             connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(f"BEGIN;{schema()}{_named(uuid4().hex, 1, 0)}COMMIT;")
+            connection.executescript(f"BEGIN;{schema()}{_named(uuid4().hex)}COMMIT;")
         else:
             connection.execute("PRAGMA journal_mode = WAL")
             _check(connection, tables)
@@ -150,7 +150,7 @@ class SpoolFile:
             connection.execute("PRAGMA synchronous = OFF")
             connection.executescript(schema())
             connection.execute("BEGIN")
-            tables.name(found.origin or uuid4().hex, found.first_number, found.lost)
+            tables.name(found.origin or uuid4().hex, found.first_number, found.lost, found.renamed)
             for number, producer in found.producers.items():
                 tables.put_producer(number, *producer)
             for lane, state in found.lanes.items():
@@ -189,9 +189,8 @@ class SpoolFile:
                 path.unlink()
 
 
-def _named(origin: str, first_number: int, lost: int) -> str:
-    crc = checksum("spool", 1, origin, first_number, lost)
-    return f"INSERT INTO spool VALUES (1, '{origin}', {first_number}, {lost}, {crc});"
+def _named(origin: str) -> str:
+    return f"INSERT INTO spool VALUES (1, '{origin}', 1, 0, 0, {checksum('spool', 1, origin, 1, 0, 0)});"
 
 
 def _check(connection: sqlite3.Connection, tables: Tables) -> None:

@@ -5,7 +5,8 @@ all tables but `batches` are kept twice, the copy by triggers: what is small and
 lost with one page.
 
     spool      origin: the spool's name in batch ids; first_number: what comes next has this number at least;
-               lost: batches of damaged files that concern no run that is known
+               lost: batches of damaged files that concern no run that is known; renamed: numbers up to this
+               one were given under another name
     producers  info: ProducerInfo as JSON; ended_ns NULL while it has not ended
     lanes      committed: offset up to which the lane is received; last: number of its last batch, 0 for none
     schemas    keys joined by newlines
@@ -32,7 +33,7 @@ AGENT_LANE = 255
 
 COLUMNS = {
     "spool": "id INTEGER PRIMARY KEY, origin TEXT NOT NULL, first_number INTEGER NOT NULL,"
-    " lost INTEGER NOT NULL",
+    " lost INTEGER NOT NULL, renamed INTEGER NOT NULL",
     "producers": "number INTEGER PRIMARY KEY, producer_id BLOB NOT NULL, info TEXT NOT NULL,"
     " ended_ns INTEGER",
     "lanes": "producer INTEGER, lane INTEGER, committed INTEGER NOT NULL, last INTEGER NOT NULL",
@@ -156,10 +157,15 @@ class Tables:
     def lost(self) -> int:
         return int(self._execute("SELECT lost FROM spool").fetchone()[0])
 
-    def name(self, origin: str, first_number: int, lost: int) -> None:
-        row = (1, origin, first_number, lost)
+    def renamed(self) -> int:
+        return int(self._execute("SELECT renamed FROM spool").fetchone()[0])
+
+    def name(self, origin: str, first_number: int, lost: int = 0, renamed: int = 0) -> None:
+        row = (1, origin, first_number, lost, renamed)
         self._execute("DELETE FROM spool")
-        self._execute("INSERT INTO spool VALUES (?, ?, ?, ?, ?)", (*row, checksum("spool", *row)))
+        self._execute(
+            "INSERT INTO spool VALUES (?, ?, ?, ?, ?, ?)", (*row, checksum("spool", *row))
+        )
 
     # --- producers, lanes and schemas
 

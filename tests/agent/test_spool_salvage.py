@@ -1,0 +1,311 @@
+"""What becomes of a damaged spool under a running agent, when the process dies while it is replaced, and of
+one that is an older copy of itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent.samples import losses, producer
+from tests.agent.sinks import FakeSink
+from tests.fakes import AgentProcess, Folders, next_line, start_script, wait_until
+from trackagent.agent import spoolfile
+from trackagent.agent.deadletters import DeadLetters
+from trackagent.agent.pagelog import PAGE_BYTES
+from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.spool import Delivery, Spool
+
+OpenSpool = Callable[..., Spool]
+ID = producer().producer_id
+PIECE = losses(range(3000))
+ANY_SIZE = 1 << 30
+
+
+class Remembering(FakeSink):
+    """Knows what it has, as the store does."""
+
+    def last_accepted(self, origin: str) -> int:
+        return max((one.id.last for one in self.accepted if one.id.origin == origin), default=0)
+
+
+def filled(spool: Spool, pieces: int) -> None:
+    at = spool.open_producer(producer(), {}).result().get(0, 0)
+    for _ in range(pieces):
+        at = spool.append(ID, 0, at, PIECE).result()
+
+
+def root_of(path: Path, table: str) -> int:
+    connection = sqlite3.connect(f"file:{path}?immutable=1", uri=True)
+    (page,) = connection.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)
+    ).fetchone()
+    connection.close()
+    return int(page)
+
+
+def spoil(path: Path, *tables: str) -> None:
+    """Makes the root page of each table unreadable."""
+    pages = [root_of(path, table) for table in tables]
+    with path.open("r+b") as file:
+        for page in pages:
+            file.seek((page - 1) * PAGE_BYTES)
+            file.write(bytes(range(256)) * (PAGE_BYTES // 256))
+
+
+def reasons(folders: Folders) -> list[str]:
+    return [path.read_text() for path in (folders.state / "quarantine").glob("*.reason")]
+
+
+# --- where the cursor is lost
+
+
+def drained(spool: Spool, sink: FakeSink, folder: Path) -> None:
+    letters = DeadLetters(folder, sink.name, max_bytes=ANY_SIZE)
+    pipeline = Pipeline(spool, sink, interval_s=0.0, dead_letters=letters)
+    pipeline.start()
+    pipeline.stop(30)
+
+
+def test_what_the_sink_has_is_not_delivered_again_when_the_cursor_is_lost(
+    open_spool: OpenSpool, folders: Folders, tmp_path: Path
+) -> None:
+    first = open_spool()
+    sink = Remembering("store")
+    filled(first, 2)
+    first.add_sink("copy").result()  # so that what the other has stays
+    drained(first, sink, tmp_path)
+    first.close()
+    spoil(folders.state / "spool.db", "sinks", "sinks_copy")
+    second = open_spool()
+    filled(second, 1)
+    drained(second, sink, tmp_path)
+    assert len(sink.steps) == 3 * 3000
+
+
+def test_nothing_comes_twice_when_even_the_name_is_lost(
+    open_spool: OpenSpool, folders: Folders, tmp_path: Path
+) -> None:
+    first = open_spool()
+    sink = Remembering("store")
+    filled(first, 1)
+    first.add_sink("copy").result()
+    drained(first, sink, tmp_path)
+    filled(first, 1)
+    first.close()
+    spoil(folders.state / "spool.db", "spool", "spool_copy", "sinks", "sinks_copy")
+    second = open_spool()
+    drained(second, sink, tmp_path)
+    assert len(sink.steps) == 3000
+    (message,) = {
+        event.message
+        for batch in sink.accepted
+        for event in batch.events
+        if event.data.get("start")
+    }
+    assert "are lost: the spool was damaged" in message
+    assert second.origin != sink.accepted[0].id.origin
+
+
+# --- an older copy
+
+
+def test_an_older_copy_uses_no_id_of_before_for_other_bytes(
+    open_spool: OpenSpool, folders: Folders, tmp_path: Path
+) -> None:
+    first = open_spool()
+    sink = Remembering("store")
+    filled(first, 1)
+    drained(first, sink, tmp_path)
+    first.close()
+    older = folders.state / "older.db"
+    shutil.copy(folders.state / "spool.db", older)
+    second = open_spool()
+    filled(second, 2)
+    drained(second, sink, tmp_path)
+    second.close()
+    shutil.copy(older, folders.state / "spool.db")
+
+    third = open_spool()
+    # The rank knows that more was acknowledged.
+    third.open_producer(producer(), {0: 3 * len(PIECE)}).result()
+    filled(third, 1)
+    drained(third, sink, tmp_path)
+    before, after = {b.id.origin for b in sink.accepted[:2]}, sink.accepted[2:]
+    assert before.isdisjoint(batch.id.origin for batch in after)
+    assert len(sink.steps) == 4 * 3000
+    (event,) = [event for batch in after for event in batch.events]
+    assert f"{2 * len(PIECE)} bytes of lane 0" in event.message
+
+
+def test_of_an_older_copy_nothing_that_the_sink_has_is_delivered_again(
+    open_spool: OpenSpool, folders: Folders, tmp_path: Path
+) -> None:
+    first = open_spool()
+    sink = Remembering("store")
+    first.add_sink("store").result()
+    filled(first, 2)
+    first.close()
+    older = folders.state / "older.db"
+    shutil.copy(folders.state / "spool.db", older)
+    second = open_spool()
+    drained(second, sink, tmp_path)
+    second.close()
+    shutil.copy(older, folders.state / "spool.db")
+    third = open_spool()
+    drained(third, sink, tmp_path)
+    assert len(sink.steps) == 2 * 3000
+    assert third.statistics().result()["batches"] == 0
+
+
+# --- while it runs
+
+
+@pytest.mark.parametrize(("at", "length"), [(0, PAGE_BYTES), (2000, 8)], ids=["page", "bytes"])
+def test_a_page_that_goes_bad_under_a_running_agent_is_mended(
+    open_spool: OpenSpool, folders: Folders, at: int, length: int
+) -> None:
+    spool = open_spool()
+    spool.add_sink("store").result()
+    filled(spool, 60)
+    path = folders.state / "spool.db"
+    other = sqlite3.connect(path)
+    other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    other.close()
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2 // PAGE_BYTES * PAGE_BYTES + at)
+        file.write(bytes(length))
+
+    found: list[Delivery] = []
+    failed = 0
+    while True:
+        future = spool.next_delivery("store", 1 << 20)
+        if isinstance(future.exception(), sqlite3.DatabaseError):
+            failed += 1
+            continue
+        delivery = future.result()
+        if delivery is None:
+            break
+        found.append(delivery)
+        spool.delivered("store", delivery.id.last).result()
+    pieces = [batch.journal_bytes for one in found for batch in one.batches]
+    assert failed == 1
+    assert len(pieces) == 60
+    assert sum(piece != PIECE for piece in pieces) == 1
+    assert len(reasons(folders)) == 1
+
+
+# --- dying while it is replaced
+
+
+@pytest.mark.parametrize("step", ["os.replace", "shutil.move", "set_aside"])
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_process_that_dies_while_it_replaces_a_spool_loses_nothing(
+    open_spool: OpenSpool,
+    folders: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    nth: int,
+) -> None:
+    spool = open_spool()
+    filled(spool, 3)
+    spool.close()
+    spoil(folders.state / "spool.db", "lanes")
+    left = nth
+
+    class Died(BaseException):
+        pass
+
+    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Died
+            return call(*arguments)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        owner, _, name = step.rpartition(".")
+        target = getattr(spoolfile, owner) if owner else spoolfile
+        patch.setattr(target, name, dying(getattr(target, name)))
+        try:
+            open_spool().close()
+        except Died:
+            assert left == 0
+    again = open_spool()
+    again.add_sink("store").result()
+    found = again.next_delivery("store", ANY_SIZE).result()
+    assert found is not None
+    assert [batch.journal_bytes for batch in found.batches] == [PIECE] * 3
+    assert again.committed(ID).result() == {0: 3 * len(PIECE)}
+
+
+def test_no_more_damaged_spools_are_kept_than_three(
+    open_spool: OpenSpool, folders: Folders
+) -> None:
+    for _ in range(5):
+        open_spool().close()
+        spoil(folders.state / "spool.db", "lanes")
+    open_spool()
+    assert len(list((folders.state / "quarantine").glob("*-spool.db"))) == spoolfile.KEPT_ASIDE
+    assert len(reasons(folders)) == spoolfile.KEPT_ASIDE
+
+
+# --- the real agent
+
+LOG = """
+from trackagent import client
+run = client.init(experiment="damage")
+for step in range(500):
+    client.log({"loss": float(step)}, step=step)
+print(run.id, flush=True)
+input()
+for step in range(500, 600):
+    client.log({"loss": float(step)}, step=step)
+client.finish()
+"""
+
+
+@pytest.mark.parametrize("start", [0, PAGE_BYTES, 0.5], ids=["head", "second page", "middle"])
+def test_an_agent_starts_on_a_damaged_spool_and_delivers_what_is_whole(
+    own_agent: Callable[..., AgentProcess], folders: Folders, start: float
+) -> None:
+    agent = own_agent("--deliver-interval-s", "0.02").start()
+    with start_script(folders, LOG) as script:
+        run_id = next_line(script)
+        wait_until(lambda: (run := agent.run(run_id)) is not None and run.records_stored >= 500)
+        agent.kill()
+        path = folders.state / "spool.db"
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.seek(int(start * size) if isinstance(start, float) else start)
+            file.write(b"\xff" * 64)
+        agent.start()
+        script.communicate("\n", timeout=30)
+        assert script.returncode == 0
+    agent.wait_for_status(run_id, "finished")
+    steps = sorted(point.step for point in agent.exported(run_id) if point.key == "loss")
+    assert steps == list(range(600))
+
+
+def test_status_names_batches_that_belong_to_no_known_run(
+    own_agent: Callable[..., AgentProcess], open_spool: OpenSpool, folders: Folders
+) -> None:
+    spool = open_spool()
+    filled(spool, 3)
+    spool.close()
+    spoil(folders.state / "spool.db", "producers", "producers_copy")
+    agent = own_agent().start()
+    lost = json.loads(agent.run_cli("status", "--json").stdout)["lost_records"]
+    assert lost == {"batches of unknown runs, lost with a damaged spool": 3}
+    agent.stop()
+    agent.start()
+    assert json.loads(agent.run_cli("status", "--json").stdout)["lost_records"] == lost
