@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.fakes import (
+    DEADLINE_S,
     AgentProcess,
     Folders,
     Point,
@@ -214,3 +216,101 @@ print(run.id, client.finish())
     agent.wait_for_delivery()
     logged = Counter((p.key, p.step) for p in agent.exported(run_id) if "child" in p.key)
     assert logged == Counter((key, n) for key in ("child", "grandchild") for n in range(6))
+
+
+def test_a_fork_in_the_middle_of_a_log_call_writes_that_record_once(agent: AgentProcess) -> None:
+    program = """
+import os
+from trackagent import client
+
+class Forking:
+    def __float__(self):
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.read(parent_is_done, 1)
+        return 1.0 if self.pid else 2.0
+
+parent_is_done, tell = os.pipe()
+run = client.init(experiment="fork")
+value = Forking()
+client.log({"before": 0.0}, step=0)
+client.log({"value": value}, step=0)
+if value.pid == 0:
+    client.log({"child": 3.0}, step=0)
+    os._exit(0)
+os.write(tell, b".")
+os.waitpid(value.pid, 0)
+client.log({"after": 4.0}, step=0)
+print(run.id, client.finish())
+"""
+    # The record waits in the journal until the child has ended.
+    done = run_script(agent.folders, program, TRACKAGENT_FLUSH_INTERVAL_S="5")
+    run_id, delivered = done.stdout.split()
+    assert delivered == "True"
+    run = agent.wait_for_status(run_id, "finished")
+    agent.wait_for_delivery()
+    values = sorted((point.key, point.value) for point in agent.exported(run_id))
+    assert values == [("after", 4.0), ("before", 0.0), ("child", 3.0), ("value", 1.0)]
+    assert run.lost_records == 0
+
+
+def test_ranks_that_a_rank_forks_are_of_its_attempt(agent: AgentProcess) -> None:
+    program = """
+import os
+from trackagent import client
+
+os.environ.update(RANK="0", WORLD_SIZE="3")
+run = client.init(experiment="ranks", run_id="cf" * 16)
+for rank in (1, 2):
+    if os.fork() == 0:
+        os.environ["RANK"] = str(rank)
+        client.init(experiment="ranks", run_id=run.id)
+        client.log({"loss": rank}, step=0)
+        os._exit(0 if client.finish() else 1)
+assert [os.wait()[1] for rank in (1, 2)] == [0, 0]
+client.log({"loss": 0.0}, step=0)
+assert client.finish()
+"""
+    run_script(agent.folders, program)
+    run = agent.wait_for_status("cf" * 16, "finished")
+    assert (run.ranks, run.attempt) == (3, 1)
+    points = agent.exported("cf" * 16)
+    assert sorted(points) == [Point("loss", f"rank {n}", 0, float(n)) for n in range(3)]
+
+
+def test_a_process_forked_while_its_rank_finishes_does_not_hold_the_journal(
+    folders: Folders, own_agent: Callable[..., AgentProcess]
+) -> None:
+    program = """
+import os, sys, threading, time
+from trackagent import client
+
+run = client.init(experiment="fork")
+client.log({"loss": 1.0}, step=0)
+forked = threading.Event()
+
+forking = threading.Event()
+on_finish = run._on_finish
+def slowly(deadline):
+    forking.set()
+    forked.wait()
+    on_finish(deadline)
+run._on_finish = slowly
+thread = threading.Thread(target=client.finish)
+thread.start()
+forking.wait()
+if os.fork() == 0:
+    print(run.id, os.getpid(), flush=True)
+    sys.stdin.read()
+    os._exit(0)
+forked.set()
+thread.join()
+os._exit(0)
+"""
+    process = start_script(folders, program)
+    run_id, pid = next_line(process).split()
+    process.wait(DEADLINE_S)
+    agent = own_agent("--deliver-interval-s", "0.02").start()
+    agent.wait_for_status(run_id, "finished")
+    assert Path(f"/proc/{pid}").exists()
+    process.communicate(timeout=DEADLINE_S)

@@ -105,9 +105,18 @@ class History:
 
     calls: int = 0
     attempts: dict[str, int] = field(default_factory=dict)
+    inherited: set[str] = field(default_factory=set)
 
 
 _HISTORY = History()
+
+
+def run_is_inherited(run_id: str) -> None:
+    """In a process that was forked by a rank of this run: where it becomes another rank of the run, it takes
+    part in the same attempt."""
+    if run_id in _HISTORY.attempts and run_id not in _HISTORY.inherited:
+        _HISTORY.inherited.add(run_id)
+        _HISTORY.attempts[run_id] -= 1
 
 
 def decide(

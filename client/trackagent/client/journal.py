@@ -435,6 +435,11 @@ class Journal:
     def abandon_in_child(self) -> None:
         """In a forked child: gives up what is the parent's, above all the lock, without touching
         the files."""
+        self._create = _no_segment_in_child
+        for segment in [*self._spares, *(lane.segment for lane in list(self.lanes.values()))]:
+            # The parent's sender may just be taking it away.
+            if segment is not _NO_SEGMENT and not segment.map.closed:
+                segment.abandon_in_child()
         self._end_lanes()
         self._memory.close(remove=False)
         self._disk.close(remove=False)
@@ -474,3 +479,7 @@ class Journal:
             "free some space, or set TRACKAGENT_DIR and TRACKAGENT_STATE"
         )
         raise JournalError(self._no_room)
+
+
+def _no_segment_in_child(path: Path, _size: int, _identity: bytes) -> Segment:
+    raise OSError(f"{path} is another process's: this one was forked in the middle of a log call")

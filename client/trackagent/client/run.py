@@ -257,8 +257,8 @@ class Run:
             reason = "(an error that cannot be shown)"
         if not self._finishing.acquire(blocking=False):
             return self._delivered
-        _open_runs.discard(self)
         if self._forked_without_journal:
+            _open_runs.discard(self)
             # Not the parent's run, of which this process has logged nothing.
             self._forked_without_journal = False
             self._journal.seal(0.0, _FINISHED)
@@ -286,6 +286,8 @@ class Run:
         if self._sender:
             self._delivered = self._sender.drain(deadline) and end_written
         self._journal.close(remove=self._sender is None or self._sender.ended)
+        # Not before: a process that is forked meanwhile has to give the lock up.
+        _open_runs.discard(self)
         if self._sender is None and wait and end_written:
             self._delivered = self._taken_by_agent(deadline)
         self._emit_warnings()
@@ -535,10 +537,13 @@ _grpc_is_lost = False
 
 
 def _after_fork_in_child() -> None:
+    from trackagent.client import identity  # which init() has imported
+
     global _grpc_is_lost
     _grpc_is_lost = _grpc_is_lost or "grpc" in sys.modules
     for run in list(_open_runs):
         run._after_fork_in_child()
+        identity.run_is_inherited(run.id)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

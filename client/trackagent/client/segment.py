@@ -174,6 +174,13 @@ class Segment:
             if at >= self.position:
                 return at
 
+    def abandon_in_child(self) -> None:
+        """In a forked child: what a call that the fork interrupted still writes goes nowhere. It is the
+        parent's call, which ends it there."""
+        self.map = mmap.mmap(-1, len(self.map), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self.map)
+        self.words = self.view.cast("Q")
+
     def unmap(self) -> None:
         """Gives the memory up; the file stays. Idempotent."""
         self.words.release()
