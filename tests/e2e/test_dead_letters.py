@@ -166,6 +166,9 @@ def test_a_letter_can_be_thrown_away(agent: AgentProcess, run_id: str) -> None:
     done = letters(agent, "discard", "--all", "--yes")
     assert done.stdout == "1 dead letter with 1 record thrown away\n"
     assert (listed(agent), len(stored(agent, run_id))) == ([], 300)
+    assert agent.shown(run_id)["losses"] == {"dead letters thrown away": 1}
+    lost = json.loads(agent.run_cli("status", "--json").stdout)["lost_records"]
+    assert lost == {"dead letters thrown away": 1}
 
 
 def test_what_there_is_not_is_said(folders: Folders) -> None:

@@ -139,12 +139,17 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         ),
     )
     access = None if config.group is None else await _access(config, spool)
+
+    def is_connected(producer_id: bytes) -> bool:
+        return servicer.is_connected(producer_id)
+
     orphans = Orphans(
         spool,
         config.directory,
         config.state_directory,
         config.quarantine_path,
         claim=None if access is None else access.claim_own,
+        connected=is_connected,
     )
 
     lost_before: dict[str, int] | None = None

@@ -22,13 +22,14 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from trackagent.agent import deaths, producers
 from trackagent.agent.decode import UNREADABLE
+from trackagent.agent.errors import AgentError
 from trackagent.agent.quarantine import set_aside
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import ProducerInfo
@@ -47,6 +48,10 @@ READ_BYTES = 1024 * 1024
 MAX_SEGMENT_BYTES = 64 * 1024 * 1024
 # How long a folder that nobody holds may be in the making; then its maker is dead.
 MAKING_S = 60.0
+# How often producers without a journal are looked for, and how long one may have neither that nor a
+# connection: its node was started anew, or the folder in memory was emptied.
+GONE_INTERVAL_S = 60.0
+GONE_S = 3600.0
 _LOGGED_ONCE = (Kind.METRICS, Kind.NAMED, Kind.EVENT)
 _PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
 _IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+")
@@ -68,8 +73,8 @@ class _Found:
 class Orphans(threading.Thread):
     """Watches the journals of `directory` and `state_directory`. `quarantine`: where unreadable
     segments go. `claim`: asked, with run and producer, before a journal is read; what it raises leaves the
-    journal as it is. `proc`, `groups`: where the kernel tells of processes and control groups, and `clock`
-    (seconds, monotonic): seams for tests."""
+    journal as it is. `connected`: whether a producer is, by its id. `proc`, `groups`: where the kernel tells
+    of processes and control groups, and `clock` (seconds, monotonic): seams for tests."""
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class Orphans(threading.Thread):
         quarantine: Path,
         *,
         claim: Callable[[str, bytes], None] | None = None,
+        connected: Callable[[bytes], bool] = lambda producer_id: False,
         proc: Path = Path("/proc"),
         groups: Path = Path("/sys/fs/cgroup"),
         clock: Callable[[], float] = time.monotonic,
@@ -88,6 +94,10 @@ class Orphans(threading.Thread):
         self._bases = [directory / "journals", state_directory / "journals"]
         self._quarantine = quarantine
         self._claim = claim
+        self._connected = connected
+        # Producers that have not ended and have neither journal nor connection, and since when.
+        self._gone: dict[bytes, float] = {}
+        self._gone_due = -math.inf
         self._stopping = threading.Event()
         # Live journals by name: whether they have no sender. They need no second look at their header.
         self._live: dict[str, bool] = {}
@@ -160,6 +170,31 @@ class Orphans(threading.Thread):
                     logger.warning("journal %s: %s; trying again", name, error)
                 self._problems[name] = str(error)
         self._reading = 0
+        self._end_gone(names)
+
+    def _end_gone(self, names: Set[str]) -> None:
+        """Ends producers that nothing more can come from. One that comes back all the same is heard: what it
+        says of its end counts."""
+        now = self._clock()
+        if now < self._gone_due:
+            return
+        self._gone_due = now + GONE_INTERVAL_S
+        try:
+            not_ended = self._spool.statistics().result()["producers"]
+            infos: dict[bytes, ProducerInfo] = {
+                one["info"].producer_id: one["info"] for one in not_ended
+            }
+            self._gone = {
+                id_: self._gone.get(id_, now)
+                for id_ in infos
+                if id_.hex() not in names and not self._connected(id_)
+            }
+            for id_, since in self._gone.items():
+                if now - since >= GONE_S:
+                    self._spool.end_producer(id_, _last_word_of_the_gone(infos[id_])).result()
+                    logger.warning("%s (run %s) is gone", infos[id_].source, infos[id_].run_id)
+        except (AgentError, sqlite3.Error) as error:
+            logger.warning("cannot look for producers that are gone: %s; trying again", error)
 
     def _look_at(self, name: str) -> None:
         folders = self._folders_of(name)
@@ -389,6 +424,15 @@ def _found(path: Path) -> _Found | None:
     return _Found(
         path, info, header.lane, header.base, header.number, header.acknowledged, without_sender
     )
+
+
+def _last_word_of_the_gone(info: ProducerInfo) -> bytes:
+    """The event and the end of a producer whose journal vanished."""
+    error = "its process and its journal are gone: what it had not delivered is unknown"
+    message = f"{info.source} on node {info.node} (pid {info.pid}) never ended: {error}"
+    event = {"level": "error", "message": message, "rank": info.rank, "node": info.node}
+    killed = {"status": "killed", "error": error, "records": -1}
+    return _encode(Kind.EVENT, event) + _encode(Kind.FINISH, killed)
 
 
 def _encode(kind: Kind, data: Mapping[str, object]) -> bytes:

@@ -83,6 +83,10 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         self._uncommitted_bytes = 0
         self._room = asyncio.Event()
 
+    def is_connected(self, producer_id: bytes) -> bool:
+        """Whether a stream is open on which something of the producer came. From any thread."""
+        return producer_id in self._connected
+
     async def OpenRun(
         self, request: agent_pb2.OpenRunRequest, context: Context
     ) -> agent_pb2.OpenRunResponse:
@@ -232,7 +236,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                     **{name: getattr(info, name) for name in ProducerInfo.__slots__}
                 ),
                 committed_bytes=producer["committed_bytes"],
-                state="connected" if self._connected[info.producer_id] else "disconnected",
+                state="connected" if self.is_connected(info.producer_id) else "disconnected",
             )
         await self._describe(response)
         if statistics["lost_batches"]:

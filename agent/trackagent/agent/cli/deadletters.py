@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from trackagent.agent.cli.output import (
     visible,
 )
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.errors import AgentError
 
 if TYPE_CHECKING:
     from trackagent.agent.deadletters import DeadLetter
+    from trackagent.agent.store.contract import Writer
 
 RETRY_TIMEOUT_S = 10.0
 SHOWN_RECORDS = 20
@@ -226,7 +229,7 @@ def retry_command(config: AgentConfig, ids: tuple[str, ...], every: bool, timeou
 def discard_command(config: AgentConfig, ids: tuple[str, ...], every: bool, yes: bool) -> int:
     """Throw dead letters away.
 
-    Their records are lost. Their run goes on saying that they were rejected.
+    Their records are lost, and their run counts them so.
 
     \b
     Examples:
@@ -234,16 +237,41 @@ def discard_command(config: AgentConfig, ids: tuple[str, ...], every: bool, yes:
       trackagent dead-letters discard --all --yes
     """
     from trackagent.agent import deadletters
+    from trackagent.agent.store import StoreError, open_writer
 
     letters = _chosen(config, ids, every)
     records = counted(sum(letter.records for letter in letters), "record")
     what = f"{counted(len(letters), 'dead letter')} with {records}"
     if letters and not yes:
         click.confirm(f"Throw {what} away?", abort=True)
-    for letter in letters:
-        deadletters.discard(letter)
+    if letters:
+        try:
+            with contextlib.closing(open_writer(config.store_path)) as writer:
+                for letter in letters:
+                    _count_as_lost(writer, letter)
+                    deadletters.discard(letter)
+        except StoreError as error:
+            raise AgentError(f"cannot count as lost what is thrown away: {error}") from error
     click.echo(f"{what} thrown away")
     return OK
+
+
+def _count_as_lost(writer: Writer, letter: DeadLetter) -> None:
+    """Once, however often it is tried: by an id that follows from the letter's."""
+    from trackagent.agent.store.contract import Batch, BatchId, Loss, Rejected
+
+    origin = f"{letter.origin}/{letter.sink}/discarded"
+    loss = Loss(letter.producer.producer_id, "dead letters thrown away", letter.records, more=True)
+    try:
+        writer.write(
+            Batch(
+                id=BatchId(origin, letter.number, letter.number),
+                producers=[letter.producer],
+                losses=[loss],
+            )
+        )
+    except Rejected as error:
+        click.echo(f"trackagent: warning: {visible(str(error))}: not counted", err=True)
 
 
 def _found(config: AgentConfig) -> list[DeadLetter]:

@@ -1,0 +1,103 @@
+"""Producers whose journal vanished, as after a restart of their node: they do not stay open for ever."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.agent.samples import journal, losses, producer
+from tests.fakes import Folders
+from trackagent.agent.decode import decode
+from trackagent.agent.orphans import GONE_INTERVAL_S, GONE_S, Orphans
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import Batch
+
+ID = producer().producer_id
+REASON = "its process and its journal are gone: what it had not delivered is unknown"
+
+
+class Node:
+    """What the agent of a node looks at, and its clock."""
+
+    def __init__(self, spool: Spool, folders: Folders) -> None:
+        spool.add_sink("store").result()
+        self.now = 0.0
+        self.connected: set[bytes] = set()
+        self.spool = spool
+        self.orphans = Orphans(
+            spool,
+            folders.directory,
+            folders.state,
+            folders.state / "quarantine",
+            connected=self.connected.__contains__,
+            clock=lambda: self.now,
+        )
+
+    def look_after(self, seconds: float) -> None:
+        self.now += seconds
+        self.orphans.look()
+
+    def not_ended(self) -> list[bytes]:
+        statistics = self.spool.statistics().result()
+        return [one["info"].producer_id for one in statistics["producers"]]
+
+    def spooled(self) -> Batch:
+        delivery = self.spool.next_delivery("store", 1 << 40).result()
+        assert delivery is not None
+        return decode(delivery, self.spool.keys)
+
+
+@pytest.fixture
+def node(spool: Spool, folders: Folders) -> Node:
+    made = Node(spool, folders)
+    spool.open_producer(producer(), {}).result()
+    spool.append(ID, 0, 0, losses(range(3))).result()
+    return made
+
+
+def test_one_whose_journal_is_gone_and_that_does_not_come_back_ends_as_killed(node: Node) -> None:
+    node.look_after(0)
+    node.look_after(GONE_S)
+    assert node.not_ended() == []
+    batch = node.spooled()
+    assert [(end.status, end.error) for end in batch.ends] == [("killed", REASON)]
+    [event] = batch.events
+    assert (event.level, event.message) == (
+        "error",
+        f"rank 0 on node host-a (pid 4711) never ended: {REASON}",
+    )
+
+
+def test_its_end_is_told_once(node: Node) -> None:
+    for _ in range(3):
+        node.look_after(GONE_S)
+    assert len(node.spooled().ends) == 1
+
+
+def test_one_that_is_gone_for_a_while_only_goes_on(node: Node) -> None:
+    node.look_after(0)
+    node.look_after(GONE_S - 1)
+    assert node.not_ended() == [ID]
+
+
+def test_one_that_came_back_meanwhile_goes_on(node: Node) -> None:
+    node.look_after(0)
+    node.connected.add(ID)
+    node.look_after(GONE_INTERVAL_S)
+    node.connected.clear()
+    node.look_after(GONE_S - GONE_INTERVAL_S)
+    assert node.not_ended() == [ID]
+
+
+def test_one_that_is_connected_goes_on(node: Node) -> None:
+    node.connected.add(ID)
+    for _ in range(3):
+        node.look_after(GONE_S)
+    assert node.not_ended() == [ID]
+
+
+def test_one_that_has_its_journal_goes_on(node: Node, folders: Folders) -> None:
+    held = journal(folders)
+    for _ in range(3):
+        node.look_after(GONE_S)
+    assert node.not_ended() == [ID]
+    held.close()
