@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.agent.samples import producer
+from tests.agent.samples import Connections, producer
 from tests.agent.sinks import FakeSink
 from tests.fakes import Folders
 from trackagent.agent.deadletters import DeadLetters
@@ -38,6 +38,20 @@ def open_spool(folders: Folders) -> Iterator[Callable[..., Spool]]:
 def spool(open_spool: Callable[..., Spool]) -> Spool:
     """An empty spool."""
     return open_spool()
+
+
+@pytest.fixture
+def opened(spool: Spool) -> Spool:
+    """A spool that knows the producer and has a sink."""
+    spool.open_producer(producer(), {}).result()
+    spool.add_sink("store").result()
+    return spool
+
+
+@pytest.fixture
+def connections() -> Connections:
+    """What opens connections that can be made to fail."""
+    return Connections()
 
 
 @pytest.fixture

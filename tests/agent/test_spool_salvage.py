@@ -4,6 +4,7 @@ one that is an older copy of itself."""
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -12,19 +13,17 @@ from typing import Any
 
 import pytest
 
-from tests.agent.samples import losses, producer
+from tests.agent.samples import Connections, losses, producer
 from tests.agent.sinks import FakeSink
+from tests.agent.spools import ANY_SIZE, ID, OpenSpool
 from tests.fakes import AgentProcess, Folders, next_line, start_script, wait_until
 from trackagent.agent import spoolfile
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.pagelog import PAGE_BYTES
 from trackagent.agent.pipeline import Pipeline
-from trackagent.agent.spool import Delivery, Spool
+from trackagent.agent.spool import Delivery, Spool, SpoolError
 
-OpenSpool = Callable[..., Spool]
-ID = producer().producer_id
 PIECE = losses(range(3000))
-ANY_SIZE = 1 << 30
 
 
 class Remembering(FakeSink):
@@ -60,6 +59,101 @@ def spoil(path: Path, *tables: str) -> None:
 
 def reasons(folders: Folders) -> list[str]:
     return [path.read_text() for path in (folders.state / "quarantine").glob("*.reason")]
+
+
+# --- set aside
+
+
+def overwritten(path: Path, start: int, length: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(random.Random(1).randbytes(length))
+
+
+def many_pages(open_spool: OpenSpool) -> None:
+    spool = open_spool()
+    spool.open_producer(producer(), {}).result()
+    spool.append(ID, 0, 0, losses(range(4000))).result()
+    spool.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "left"),
+    [(0, 4096, 1), (4096, 8192, 0), (80_000, 40_000, 1)],
+    ids=["head", "start", "middle"],
+)
+def test_a_damaged_spool_does_not_block_a_start(
+    open_spool: OpenSpool, folders: Folders, start: int, length: int, left: int
+) -> None:
+    many_pages(open_spool)
+    overwritten(folders.state / "spool.db", start, length)
+    assert open_spool().statistics().result()["batches"] == left
+
+
+def test_a_damaged_spool_is_set_aside_as_it_was(open_spool: OpenSpool, folders: Folders) -> None:
+    many_pages(open_spool)
+    overwritten(folders.state / "spool.db", 0, 4096)
+    damaged = (folders.state / "spool.db").read_bytes()
+    open_spool()
+    aside = list((folders.state / "quarantine").glob("*-spool.db"))
+    assert [path.read_bytes() for path in aside] == [damaged]
+
+
+def test_the_reason_lies_beside_a_spool_that_was_set_aside(
+    open_spool: OpenSpool, folders: Folders
+) -> None:
+    many_pages(open_spool)
+    overwritten(folders.state / "spool.db", 0, 4096)
+    open_spool()
+    (reason,) = (folders.state / "quarantine").glob("*.reason")
+    assert reason.read_text().startswith(
+        "file is not a database of this program (byte 0 of its head);"
+    )
+
+
+def test_the_log_of_a_damaged_spool_is_set_aside_with_it(
+    open_spool: OpenSpool, folders: Folders
+) -> None:
+    many_pages(open_spool)
+    # As long as somebody else has the file open, SQLite does not delete its log.
+    other = sqlite3.connect(folders.state / "spool.db")
+    other.execute("CREATE TABLE other (x)")
+    log = (folders.state / "spool.db-wal").read_bytes()
+    overwritten(folders.state / "spool.db", 0, 4096)
+    open_spool()
+    aside = list((folders.state / "quarantine").glob("*-spool.db-wal"))
+    other.close()
+    assert [path.read_bytes()[: len(log)] for path in aside] == [log]
+
+
+def test_a_spool_set_aside_is_told_with_its_place(
+    open_spool: OpenSpool, folders: Folders, caplog: pytest.LogCaptureFixture
+) -> None:
+    many_pages(open_spool)
+    overwritten(folders.state / "spool.db", 0, 4096)
+    open_spool()
+    (aside,) = (folders.state / "quarantine").glob("*-spool.db")
+    assert [one.getMessage() for one in caplog.records if one.levelname == "ERROR"] == [
+        f"{folders.state / 'spool.db'} is unreadable (file is not a database of this program (byte 0 of its "
+        "head); 1 batches and 1 producers are brought over, known to be missing: nothing): set aside as "
+        f"{aside}"
+    ]
+
+
+def test_a_spool_on_a_failing_disk_is_not_set_aside(
+    open_spool: OpenSpool, folders: Folders, connections: Connections
+) -> None:
+    open_spool().close()
+
+    def connect(path: Path, **keywords: Any) -> sqlite3.Connection:
+        connection = connections(path, **keywords)
+        connections.last.failing = "PRAGMA synchronous"
+        connections.last.error = sqlite3.OperationalError("disk I/O error")
+        return connection
+
+    with pytest.raises(SpoolError, match="disk I/O error"):
+        open_spool(connect=connect)
+    assert not (folders.state / "quarantine").exists()
 
 
 # --- where the cursor is lost
