@@ -1,0 +1,188 @@
+"""Runs of several ranks that end differently, ranks that end without an agent, and what finish() leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.fakes import (
+    DEADLINE_S,
+    AgentProcess,
+    Folders,
+    Point,
+    next_line,
+    run_script,
+    start_script,
+    wait_until,
+)
+
+STEPS = 20
+DIED = "the process ended without finish()"
+RANK = f"""
+import os, signal, sys, time
+from trackagent import client
+
+run = client.init(experiment="ranks")
+for step in range({STEPS}):
+    client.log({{"loss": step}}, step=step)
+print(run.id, flush=True)
+"""
+
+
+def points(*ranks: int) -> list[Point]:
+    return [Point("loss", f"rank {rank}", step, step) for rank in ranks for step in range(STEPS)]
+
+
+def job(run_id: str, rank: int) -> dict[str, str]:
+    return {"TRACKAGENT_RUN_ID": run_id, "RANK": str(rank), "WORLD_SIZE": "3"}
+
+
+# --- without an agent
+
+# What the script does in the end; the run's status and error.
+ENDINGS = {
+    "finish": ("assert client.finish() is False", "finished", ""),
+    "normal end": ("", "finished", ""),
+    "exception": ("raise KeyError('x')", "failed", "KeyError: 'x'"),
+    "sys.exit(3)": ("sys.exit(3)", "failed", "SystemExit: 3"),
+    "SIGINT": ("os.kill(os.getpid(), signal.SIGINT)", "killed", "KeyboardInterrupt"),
+    "SIGTERM": ("os.kill(os.getpid(), signal.SIGTERM)", "killed", DIED),
+    "SIGTERM with a handler": (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)",
+        "failed",
+        "SystemExit: 143",
+    ),
+    "os._exit": ("os._exit(0)", "killed", DIED),
+    "segmentation fault": ("import faulthandler; faulthandler._sigsegv()", "killed", DIED),
+}
+
+
+def test_runs_that_ended_while_there_was_no_agent_are_delivered_later_with_their_status(
+    folders: Folders, own_agent: Callable[..., AgentProcess]
+) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        done = pool.map(
+            lambda end: run_script(folders, RANK + end[0], expect=None), ENDINGS.values()
+        )
+        run_ids = [one.stdout.strip() for one in done]
+    agent = own_agent("--deliver-interval-s", "0.02").start()
+    for run_id, (_, status, error) in zip(run_ids, ENDINGS.values(), strict=True):
+        run = agent.wait_for_status(run_id, status)
+        assert run.error == error
+        assert agent.exported(run_id) == points(0)
+    agent.wait_for_no_journals()
+
+
+# --- several ranks
+
+
+@pytest.mark.parametrize(
+    ("endings", "status", "error"),
+    [
+        (["", "raise KeyError('x')", ""], "failed", "KeyError: 'x'"),
+        (["raise KeyError('x')", "", ""], "failed", "KeyError: 'x'"),
+        (["", "", "os.kill(os.getpid(), signal.SIGKILL)"], "killed", DIED),
+        (["os._exit(0)", "sys.exit(3)", ""], "failed", "SystemExit: 3"),
+        (["", "", ""], "finished", ""),
+    ],
+    ids=["one fails", "rank 0 fails", "one is killed", "one fails, one is killed", "all finish"],
+)
+def test_the_run_of_ranks_that_end_differently(
+    agent: AgentProcess, endings: list[str], status: str, error: str
+) -> None:
+    run_id = uuid4().hex
+    with ThreadPoolExecutor(3) as pool:
+        list(
+            pool.map(
+                lambda item: run_script(
+                    agent.folders, RANK + item[1], expect=None, **job(run_id, item[0])
+                ),
+                enumerate(endings),
+            )
+        )
+    wait_until(lambda: agent.run(run_id) is not None and agent.run(run_id).ranks == 3)
+    assert agent.wait_for_status(run_id, status).error == error
+    assert sorted(agent.exported(run_id)) == sorted(points(0, 1, 2))
+
+
+def test_a_run_whose_rank_0_finishes_first_goes_on_until_the_last_rank_ends(
+    agent: AgentProcess,
+) -> None:
+    run_id = uuid4().hex
+    late = RANK + "sys.stdin.readline()\nclient.log({'late': 1.0}, step=0)"
+    with start_script(agent.folders, late, **job(run_id, 1)) as process:
+        next_line(process)
+        run_script(agent.folders, RANK + "assert client.finish()", **job(run_id, 0))
+        wait_until(lambda: len(agent.exported(run_id)) == 2 * STEPS)
+        run = agent.run(run_id)
+        assert run is not None
+        assert run.status == "running"
+        process.communicate("\n", timeout=DEADLINE_S)
+    agent.wait_for_status(run_id, "finished")
+    assert Point("late", "rank 1", 0, 1.0) in agent.exported(run_id)
+
+
+# --- what is left
+
+
+def test_finish_leaves_no_thread_file_mapping_or_lock_behind(agent: AgentProcess) -> None:
+    program = """
+import os, threading
+from trackagent import client
+
+run = client.init(experiment="left")
+client.log({"loss": 1.0})
+assert client.finish()
+links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+files = [os.readlink(link) for link in links if os.path.exists(link)]
+print([thread.name for thread in threading.enumerate()])
+print([file for file in files if "journals" in file or file.startswith("socket:")])
+print([line for line in open("/proc/self/maps") if "journals" in line])
+print(run.id)
+"""
+    *left, run_id = run_script(agent.folders, program).stdout.splitlines()
+    assert left == ["['MainThread']", "[]", "[]"]
+    agent.wait_for_status(run_id, "finished")
+
+
+# --- torchrun that is told to stop
+
+TOLD = RANK.replace("print(run.id, flush=True)", "") + (
+    "open(f'{sys.argv[1]}.{run.rank}', 'w').write(run.id)\ntime.sleep(600)\n"
+)
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is in the demo extra")
+def test_a_job_whose_torchrun_is_terminated_is_killed_and_keeps_everything(
+    agent: AgentProcess, tmp_path: Path
+) -> None:
+    script, told = tmp_path / "train.py", tmp_path / "run"
+    script.write_text(TOLD)
+    options = ("--standalone", "--nproc-per-node=2", "--monitor-interval=0.1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(told)],
+        env=agent.folders.environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        ranks = [tmp_path / f"run.{rank}" for rank in range(2)]
+        wait_until(lambda: all(path.exists() and path.read_text() for path in ranks))
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(DEADLINE_S)
+    finally:
+        process.kill()
+        process.wait(DEADLINE_S)
+    run = agent.wait_for_status(ranks[0].read_text(), "killed")
+    assert run.error == DIED
+    assert sorted(agent.exported(run.run_id)) == sorted(points(0, 1))
