@@ -646,3 +646,23 @@ def test_headers_that_are_too_long_are_refused_and_hold_nobody_up(served: Served
         served.stub.Status(request, metadata=[("x", "y" * 64 * 1024)], timeout=DEADLINE_S)
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert served.stub.Status(request, timeout=DEADLINE_S).pid == 4712
+
+
+@pytest.mark.parametrize("call", ["Status", "Push"])
+def test_what_goes_wrong_unexpectedly_is_for_the_log_alone(
+    served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def failing(*_: object) -> Future[int]:
+        future: Future[int] = Future()
+        future.set_exception(RuntimeError("/home/alice/secret"))
+        return future
+
+    for name in ("statistics", "append"):
+        monkeypatch.setattr(served.spool, name, failing)
+    if call == "Status":
+        answer = refusal(lambda: served.stub.Status(agent_pb2.StatusRequest(), timeout=DEADLINE_S))
+    else:
+        batch = Push(producer_id=ID, journal_bytes=DATA)
+        answer = refusal(lambda: next(served.stub.Push(iter([batch]), timeout=DEADLINE_S)))
+    assert answer == (grpc.StatusCode.INTERNAL, "the agent failed: see its log")
+    assert "/home/alice/secret" in caplog.text
