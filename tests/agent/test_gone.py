@@ -1,10 +1,12 @@
-"""A store that has lost what it had accepted: its runs are told, once, and what comes is stored."""
+"""A store that has lost what it had accepted, or has no room: its runs are told, once, and what comes
+is kept."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import sqlite3
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,10 +49,10 @@ class Node:
             dead_letters=letters,
         )
         pipeline.start()
-        wait_until(self._is_empty)
+        wait_until(self.is_empty)
         pipeline.stop(30)
 
-    def _is_empty(self) -> bool:
+    def is_empty(self) -> bool:
         return self.spool.statistics().result()["batches"] == 0
 
     def steps(self) -> list[int]:
@@ -145,3 +147,26 @@ def test_a_dead_letter_is_not_missing_and_can_still_be_delivered(node: Node) -> 
     mark(letter)
     node.deliver()
     assert (node.steps(), len(node.told())) == ([*range(10)], 1)
+
+
+def test_what_a_full_disk_does_not_take_waits_in_the_spool(
+    node: Node, small_file_system: Path
+) -> None:
+    node.path = small_file_system / "store.db"
+    letters = DeadLetters(node.letters, "store", max_bytes=1 << 30)
+    sink = StoreSink(open_writer(node.path))
+    pipeline = Pipeline(node.spool, sink, interval_s=0.0, dead_letters=letters)
+    pipeline.start()
+    last = 0
+    while pipeline.state != "retrying":
+        node.log(last, last + 100)
+        last += 100
+        assert last < 100_000, "the disk takes it all"
+    assert "free some space on that disk" in wait_until(lambda: pipeline.error)
+    node.log(last, last + 100)
+    assert not node.is_empty()
+    remount = ["mount", "-o", "remount,size=64m", str(small_file_system)]
+    subprocess.run(remount, check=True)
+    wait_until(node.is_empty)
+    pipeline.stop(30)
+    assert (node.steps(), node.told()) == ([*range(last + 100)], [])

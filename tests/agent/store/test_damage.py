@@ -188,13 +188,18 @@ def aside(path: Path) -> list[Path]:
     return sorted((path.parent / "quarantine").glob("*-store.db"))
 
 
+@cache
 def pages_of(file: bytes) -> dict[str, list[int]]:
     """The pages of each table and index that have rows."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-        connection.deserialize(file[:18] + b"\1\1" + file[20:])
-        roots = dict(
-            connection.execute("SELECT rootpage, name FROM sqlite_master WHERE rootpage > 0")
-        )
+    with tempfile.NamedTemporaryFile(dir=MEMORY) as copy:
+        copy.write(file)
+        copy.flush()
+        with contextlib.closing(
+            sqlite3.connect(f"file:{copy.name}?immutable=1", uri=True)
+        ) as connection:
+            roots = dict(
+                connection.execute("SELECT rootpage, name FROM sqlite_master WHERE rootpage > 0")
+            )
     found: dict[str, list[int]] = {}
     for number in range(3, len(file) // PAGE + 1):
         at = number
@@ -286,9 +291,9 @@ def test_a_damaged_copy_costs_nothing(path: Path, index: str) -> None:
     assert check(path) == {}
 
 
-@pytest.mark.parametrize("other", ["params", "idx_runs_name"])
 @pytest.mark.parametrize("table", SMALL)
-def test_a_page_written_over_another_adds_nothing(path: Path, table: str, other: str) -> None:
+def test_a_page_written_over_another_adds_nothing(path: Path, table: str) -> None:
+    other = "tags" if table == "params" else "params"
     pages = pages_of(checkpointed())
     at, source = ((pages[name][0] - 1) * PAGE for name in (table, other))
     file = bytearray(checkpointed())
@@ -345,7 +350,7 @@ def test_damaged_points_are_left_out_and_told(
 
 # --- the file's own pages
 
-HEAD = (0, 16, 18, 20, 21, 22, 23, 28, 32, 36, 44, 47, 52, 56, 59, 60, 63, 64, 68, 71)
+HEAD = (0, 16, 18, 20, 22, 28, 32, 36, 47, 52, 59, 60, 63, 64, 68, 71)
 FILES: dict[str, Mutation] = {
     **{f"a bit of byte {at}": flip(at) for at in HEAD},
     **{f"a bit of byte {at} on the first page": flip(at) for at in (100, 104, 106, 111, 113, 3000)},

@@ -12,6 +12,7 @@ import sqlite3
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,7 @@ class Remains(Pages):
             for child in _children(self.page(number), first=number == 1)
         }
         self.bad_pages: dict[str, int] = defaultdict(int)
-        self._reference = _current_schema()
-        self._known = {
-            name: (kind, names, root) for kind, name, root, names in _described(self._reference)
-        }
+        self._known = _current()
         self.roots: dict[int, str] = {}
         self.names: dict[str, list[str]] = {}
         self._read_schema()
@@ -128,7 +126,7 @@ class Remains(Pages):
                         if isinstance(values[4], str):
                             scratch.execute(values[4])
         self.names = {name: names for _, name, _, names in _described(scratch)}
-        for name, (_, names, root) in self._known.items():
+        for name, (names, root) in self._known.items():
             if name not in self.roots.values() and root not in self.roots:
                 self.roots[root] = name
             self.names.setdefault(name, names)
@@ -175,10 +173,6 @@ class Remains(Pages):
         entry = self.page(mapped)[at : at + 5]
         return (entry[0], int.from_bytes(entry[1:], "big")) if len(entry) == 5 else (0, 0)
 
-    def close(self) -> None:
-        super().close()
-        self._reference.close()
-
 
 def _children(data: bytes, *, first: bool) -> list[int]:
     """The pages that an interior page leads to."""
@@ -191,11 +185,13 @@ def _children(data: bytes, *, first: bool) -> list[int]:
     return [int.from_bytes(one, "big") for one in [*found, data[head + 8 : head + 12]]]
 
 
-def _current_schema() -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    schema.migrate(connection, Path(":memory:"))
-    return connection
+@cache
+def _current() -> dict[str, tuple[list[str], int]]:
+    """Columns and root page of every table and index of a new store."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        schema.migrate(connection, Path(":memory:"))
+        return {name: (names, root) for _, name, root, names in _described(connection)}
 
 
 def _described(connection: sqlite3.Connection) -> list[tuple[str, str, int, list[str]]]:
