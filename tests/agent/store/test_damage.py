@@ -415,6 +415,15 @@ def test_a_damaged_log_costs_what_stood_there(path: Path, mutate: Mutation) -> N
     )
 
 
+def test_a_log_that_is_damaged_and_cut_off_in_a_batch_doubles_nothing(path: Path) -> None:
+    file, log, _ = sound()
+    put(path, file, mutated(log, lambda data: data[: 32 + 21 * FRAME]))
+    with path.with_name("store.db-wal").open("r+b") as damaged:
+        damaged.seek(14799)
+        damaged.write(b"\xff" * 20_000)
+    check(path)
+
+
 def test_a_log_whose_file_is_gone_is_read(path: Path) -> None:
     put(path, b"", sound()[1])
     path.unlink()
@@ -504,3 +513,27 @@ def test_a_replacement_that_was_interrupted_is_ended(path: Path, at: str) -> Non
 
 def check_equal(path: Path) -> bool:
     return missing(sound()[2], reopened(path)) == {}
+
+
+# --- what damage is told by
+
+
+def test_the_shape_of_a_store_is_known(path: Path) -> None:
+    open_writer(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert schema.shape_of(connection) == schema.SHAPE
+
+
+@pytest.mark.parametrize("word", [b"last_values", b"records_stored", b"idx_runs_name", b"counted"])
+def test_a_damaged_name_in_the_schema_costs_nothing(path: Path, word: bytes) -> None:
+    file = checkpointed()
+    place = file.index(word)
+    put(path, mutated(file, flip(place + 3)))
+    assert check(path) == {}
+
+
+def test_a_damaged_length_of_a_streams_last_values_costs_nothing(path: Path) -> None:
+    put(path, checkpointed())
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE streams SET last_values = x'00' WHERE rowid = 2")
+    assert check(path) == {}

@@ -51,7 +51,7 @@ def translated(operation: str, path: Path) -> Iterator[None]:
         yield
     except sqlite3.DataError:
         raise
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
         raise StoreError(f"cannot {operation} in {path}: {error}; {_next_step(error)}") from error
 
 
@@ -72,12 +72,16 @@ def open_for_writing(
         if not problem:
             try:
                 return _opened(path, opener, thorough=thorough)
-            except (sqlite3.DatabaseError, _Damaged) as error:
+            except (sqlite3.DatabaseError, UnicodeDecodeError, _Damaged) as error:
                 if not says_damaged(error):
                     raise
                 problem = str(error)
         _replace(path, problem)
-        return _opened(path, opener, thorough=False)
+        try:
+            return _opened(path, opener, thorough=False)
+        except _Damaged as error:  # what was read of it makes no store
+            _set_aside(path, str(error))
+            return _opened(path, opener, thorough=False)
 
 
 def open_for_reading(path: Path, opener: Opener = connect) -> tuple[sqlite3.Connection, bool]:
@@ -155,8 +159,10 @@ class _Damaged(Exception):
 
 def says_damaged(error: BaseException | None) -> bool:
     """Whether this tells of a damaged file."""
-    told = ("malformed", "not a database", "unsupported file format")
-    return isinstance(error, _Damaged) or any(words in str(error) for words in told)
+    told = ("malformed", "not a database", "unsupported file format", "decode to UTF-8")
+    # What SQLite says of a damaged file may quote it.
+    kinds = (_Damaged, UnicodeDecodeError)
+    return isinstance(error, kinds) or any(words in str(error) for words in told)
 
 
 def _problem(path: Path) -> str:
@@ -185,9 +191,8 @@ def _check_version(connection: sqlite3.Connection) -> None:
     names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     if (version == 0 and names) or (version != beside and schema.VERSION in (version, beside)):
         raise _Damaged(f"it says that it has version {version}, and {beside}")
-    current = {*schema.TABLES, *(f"copy_of_{table}" for table in schema.TWICE)}
-    if version == schema.VERSION and not current <= names:
-        raise _Damaged("some of its tables are gone")
+    if version == schema.VERSION and schema.shape_of(connection) != schema.SHAPE:
+        raise _Damaged("its tables are not those of its version")
     if names:
         (encoding,) = connection.execute("PRAGMA encoding").fetchone()
         (vacuum,) = connection.execute("PRAGMA auto_vacuum").fetchone()
@@ -202,6 +207,14 @@ def _check(connection: sqlite3.Connection, *, everything: bool) -> None:
         (found,) = connection.execute(f"PRAGMA integrity_check{table}").fetchone()
         if found != "ok":
             raise _Damaged(" ".join(str(found).split()))
+    if connection.execute(_TORN_STREAMS).fetchone():
+        raise _Damaged("a stream has other keys than values")
+
+
+_TORN_STREAMS = (
+    "SELECT 1 FROM streams s JOIN keysets k ON k.id = s.keyset WHERE typeof(s.last_values) <> 'blob' OR"
+    " length(s.last_values) <> 8 * (1 + length(k.keys) - length(replace(k.keys, char(10), ''))) LIMIT 1"
+)
 
 
 def _replace(path: Path, reason: str) -> None:

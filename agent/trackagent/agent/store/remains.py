@@ -129,7 +129,8 @@ class Remains(Pages):
         for name, (names, root) in self._known.items():
             if name not in self.roots.values() and root not in self.roots:
                 self.roots[root] = name
-            self.names.setdefault(name, names)
+            if len(self.names.get(name, names)) == len(names):
+                self.names[name] = names  # of a version like this one, whatever the text says
         scratch.close()
 
     def _name_of(self, number: int) -> str | None:

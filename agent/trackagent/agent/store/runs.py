@@ -67,6 +67,11 @@ def forgot_applied(connection: sqlite3.Connection) -> bool:
     return bool(connection.execute("SELECT 1 FROM applied WHERE origin = ''").fetchone())
 
 
+def applied_is_known(connection: sqlite3.Connection) -> None:
+    """What comes from now on was not written before."""
+    connection.execute("DELETE FROM applied WHERE origin = ''")
+
+
 def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | None:
     """Adds a producer with its run and source; returns the run, None when it was there before."""
     known = connection.execute("SELECT 1 FROM producers WHERE producer_id = ?", (info.producer_id,))

@@ -52,7 +52,8 @@ def salvage(path: Path, connection: sqlite3.Connection, reason: str) -> Report:
         _complete(found, rebuilt, report)
         _insert_small(connection, found)
         _insert_chunks(connection, store)
-        if store.lost("applied") and store.lost("copy_of_applied"):
+        # Of a damaged log, points of a batch may be here whose number is not.
+        if store.log_problem or (store.lost("applied") and store.lost("copy_of_applied")):
             runs.forget_applied(connection)
         if store.log_problem is not None:
             report.others.append(
@@ -141,7 +142,11 @@ _TYPES: dict[str, dict[str, type]] = {
     "sources": {"run": int, "source": str},
     "producers": {"producer_id": bytes, "run": int, "source": int, "attempt": int, "rank": int},
     "keysets": {"digest": bytes, "keys": str},
-    "streams": {"producer": int, "keyset": int, "points": int, "last_values": bytes},
+    "streams": {
+        **dict.fromkeys(("producer", "keyset", "points", "first_step", "last_step"), int),
+        "last_time_ns": int,
+        "last_values": bytes,
+    },
     "params": {"run": int, "key": str, "value": str, "time_ns": int},
     "tags": {"run": int, "key": str, "value": str, "time_ns": int},
     "events": {"run": int, "producer": int, "time_ns": int, "message": str, "data": str},
@@ -297,11 +302,11 @@ def _insert_of_columns(connection: sqlite3.Connection, id_: int, stream: int, st
 def _mend(connection: sqlite3.Connection, rebuilt: set[tuple[str, int]], report: Report) -> None:
     """Looks for what is missing of each stream, and computes anew what was rebuilt."""
     streams = connection.execute(
-        "SELECT s.id, s.points, p.id, p.run, p.source, c.source, k.keys"
+        "SELECT s.id, s.points, length(s.last_values) AS size, p.id, p.run, p.source, c.source, k.keys"
         " FROM streams s LEFT JOIN keysets k ON k.id = s.keyset"
         " LEFT JOIN producers p ON p.id = s.producer LEFT JOIN sources c ON c.id = p.source"
     ).fetchall()
-    for stream, counted, producer, run, source_id, source, joined in streams:
+    for stream, counted, size, producer, run, source_id, source, joined in streams:
         if producer is None or joined is None:
             if producer is None:
                 report.others.append(f"{counted} points: who logged them is not known any more")
@@ -320,8 +325,8 @@ def _mend(connection: sqlite3.Connection, rebuilt: set[tuple[str, int]], report:
         lines = _check_chunks(connection, parts, source, keys)
         end = parts[-1].start + parts[-1].n if parts else 0
         points = max(counted, end)
-        if ("streams", stream) in rebuilt or end > counted:
-            _compute_stream(connection, stream, parts, points)
+        if ("streams", stream) in rebuilt or end > counted or size != 8 * len(keys):
+            _compute_stream(connection, stream, len(keys), parts, points)
             rebuilt |= {("runs", run), ("sources", source_id)}
         missing = points - sum(part.n for part in parts)
         if missing > 0:
@@ -368,7 +373,7 @@ def _named(keys: list[str]) -> str:
 
 
 def _compute_stream(
-    connection: sqlite3.Connection, stream: int, parts: list[chunks.Chunk], points: int
+    connection: sqlite3.Connection, stream: int, keys: int, parts: list[chunks.Chunk], points: int
 ) -> None:
     first: int | None = None
     last: tuple[int, int] | None = None
@@ -386,7 +391,6 @@ def _compute_stream(
             all_values = np.full(part.keys, np.nan)
             all_values[intact] = rows[chunks.FIRST_KEY :, at].view(np.float64)
             values = all_values.tobytes()
-    keys = parts[0].keys if parts else 0
     connection.execute(
         "UPDATE streams SET points = ?, first_step = ?, last_step = ?, last_time_ns = ?, last_values = ?,"
         " fresh = 0, due = 2 WHERE id = ?",

@@ -26,6 +26,7 @@ copy_of_*    indexes with all of a table that cannot be computed from other rows
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -91,6 +92,17 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def shape_of(connection: sqlite3.Connection) -> str:
+    """A digest of the columns of all tables and indexes."""
+    rows = connection.execute(
+        "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
+        " UNION ALL SELECT m.name, c.name FROM sqlite_master m, pragma_index_info(m.name) c"
+        " WHERE m.type = 'index'"
+    ).fetchall()
+    names = "\n".join(f"{table} {column}" for table, column in sorted(rows))
+    return hashlib.blake2b(names.encode(), digest_size=8).hexdigest()
 
 
 def indexes_of(names: Iterable[str], table: str) -> list[tuple[str, bool]]:
@@ -297,3 +309,5 @@ MIGRATIONS: tuple[Callable[[Database], None], ...] = (
     _version_5,
 )
 VERSION = len(MIGRATIONS)
+# What `shape_of` says of a store of this version.
+SHAPE = "c0f0132c237e254f"

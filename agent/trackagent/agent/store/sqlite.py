@@ -83,7 +83,11 @@ class SqliteWriter:
         try:
             with self._transaction("write a batch") as connection:
                 new = runs.mark_applied(connection, batch.id)
-                if new and not (runs.forgot_applied(connection) and self._has(connection, batch)):
+                if new and runs.forgot_applied(connection):
+                    new = not self._has(connection, batch)
+                    if new and (batch.points or batch.events):
+                        runs.applied_is_known(connection)  # batches come in their order
+                if new:
                     self._apply(connection, batch)
         except (UnicodeEncodeError, OverflowError, sqlite3.DataError) as error:
             raise Rejected(f"batch {batch.id} holds what cannot be stored: {error}") from error
