@@ -342,17 +342,6 @@ def test_a_process_that_dies_while_it_replaces_a_spool_loses_nothing(
     assert again.committed(ID).result() == {0: 3 * len(PIECE)}
 
 
-def test_no_more_damaged_spools_are_kept_than_three(
-    open_spool: OpenSpool, folders: Folders
-) -> None:
-    for _ in range(5):
-        open_spool().close()
-        spoil(folders.state / "spool.db", "lanes")
-    open_spool()
-    assert len(list((folders.state / "quarantine").glob("*-spool.db"))) == spoolfile.KEPT_ASIDE
-    assert len(reasons(folders)) == spoolfile.KEPT_ASIDE
-
-
 # --- the real agent
 
 LOG = """

@@ -54,7 +54,13 @@ class Access:
             for one in status.producers
             if await asyncio.to_thread(self.owners.is_of, one.producer.producer_id, uid)
         ]
-        for name in ("producers", "state_directory", "lost_records", "lost_since_start"):
+        for name in (
+            "producers",
+            "state_directory",
+            "lost_records",
+            "lost_since_start",
+            "quarantine",
+        ):
             status.ClearField(name)
         status.producers.extend(shown)
         status.lost_unknown = "only the user who runs the agent may see it"

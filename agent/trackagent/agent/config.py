@@ -53,6 +53,9 @@ class AgentConfig:
     """Batches kept aside that a sink has rejected; beyond it a rejected batch stays in the spool, and what
     is behind it waits."""
 
+    quarantine_bytes: int = 4 * 1024 * 1024 * 1024
+    """Damaged files set aside, on the disk and in memory together; beyond it the oldest are deleted."""
+
     uncommitted_bytes: int = 64 * 1024 * 1024
     """Received bytes in memory that await their commit; beyond it nothing more is read from the ranks."""
 
@@ -88,6 +91,7 @@ class AgentConfig:
         for name, low, high in (
             ("spool_bytes", 16 * 1024 * 1024, 1 << 50),
             ("dead_letter_bytes", 1024 * 1024, 1 << 50),
+            ("quarantine_bytes", 1024 * 1024, 1 << 50),
             ("uncommitted_bytes", 1024 * 1024, 1 << 40),
             ("max_batch_bytes", 1024 * 1024, 64 * 1024 * 1024),
             ("max_streams", 1, 65_536),

@@ -29,6 +29,7 @@ from trackagent.agent.gate import Gate
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.owners import Owners
 from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.quarantine import Quarantine
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import NotFound
@@ -38,6 +39,7 @@ from trackagent.protos.v1 import agent_pb2
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
+TRIM_INTERVAL_S = 1.0
 LOCK_PATIENCE_S = 0.5
 # Through the gate, for commands that ask how the agent is doing.
 OTHER_CONNECTIONS = 64
@@ -152,6 +154,11 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         connected=is_connected,
     )
 
+    quarantine = Quarantine(
+        [config.quarantine_path, config.directory / QUARANTINE_NAME],
+        max_bytes=config.quarantine_bytes,
+    )
+
     lost_before: dict[str, int] | None = None
     with contextlib.suppress(store.StoreError):
         lost_before = await asyncio.to_thread(_lost, config)
@@ -172,6 +179,11 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
             response.lost_records.update(lost)
             lost_before = lost if lost_before is None else lost_before
             response.lost_since_start = sum(lost.values()) - sum(lost_before.values())
+        response.quarantine.max_bytes = config.quarantine_bytes
+        with contextlib.suppress(OSError):
+            held = await asyncio.to_thread(quarantine.held)
+            response.quarantine.items, response.quarantine.bytes = held.items, held.size
+            response.quarantine.deleted = held.deleted
         for sink in response.sinks:
             if sink.name == pipeline.sink_name:
                 sink.state, sink.error = pipeline.state, pipeline.error
@@ -196,10 +208,12 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
     _open_to_group(config)
     pipeline.start()
     orphans.start()
+    trimming = asyncio.create_task(_trim(quarantine))
     logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
     logger.info("runs are stored in %s", config.store_path)
 
     await stop.wait()
+    trimming.cancel()
     logger.info("stopping: taking what is under way, then delivering what is spooled")
     await listening.stop(STOP_GRACE_S)
     config.socket_path.unlink(missing_ok=True)
@@ -215,6 +229,18 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         logger.warning("%s in the spool: the next agent here delivers what is left", what)
     else:
         logger.info("stopped; everything received is stored")
+
+
+async def _trim(quarantine: Quarantine) -> None:
+    told = ""
+    while True:
+        try:
+            await asyncio.to_thread(quarantine.trim)
+        except OSError as error:
+            if str(error) != told:
+                logger.warning("cannot keep the quarantine small: %s; trying again", error)
+            told = str(error)
+        await asyncio.sleep(TRIM_INTERVAL_S)
 
 
 async def _access(config: AgentConfig, spool: Spool) -> Access:

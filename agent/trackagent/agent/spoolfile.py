@@ -40,8 +40,6 @@ from trackagent.client.record import Kind
 logger = logging.getLogger(__name__)
 
 LOST = "lost with a damaged spool"
-# Damaged spools that are kept for people; older ones go.
-KEPT_ASIDE = 3
 _SHOWN_HOLES = 20
 
 
@@ -183,10 +181,6 @@ class SpoolFile:
             set_aside(self._path, self._quarantine, name, reason)
         os.replace(self._ready, self._path)
         _sync(self._path.parent)
-        aside = sorted(self._quarantine.glob(f"*-{self._path.name}"))
-        for old in aside[:-KEPT_ASIDE]:
-            for path in self._quarantine.glob(f"{old.stem}.*"):
-                path.unlink()
 
 
 def _named(origin: str) -> str:

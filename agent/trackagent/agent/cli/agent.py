@@ -81,6 +81,7 @@ def status_command(config: AgentConfig, as_json: bool, timeout_s: float) -> int:
       spool {batches, bytes, received_bytes, max_bytes},
       lost_records {reason: records}, in all runs of the store, and
       lost_since_start, or lost_unknown: why the store does not say,
+      quarantine {items, bytes, max_bytes, deleted (at the cap, ever)},
       sinks [{name, state, batches_behind, rejected, error, dead_letters,
       dead_letter_bytes}],
       producers [{run_id, attempt, rank, node, pid, experiment, run_name,
@@ -110,6 +111,12 @@ def _status_json(answer: StatusResponse) -> dict[str, Any]:
         "lost_records": dict(answer.lost_records),
         "lost_since_start": answer.lost_since_start,
         "lost_unknown": answer.lost_unknown,
+        "quarantine": {
+            "items": answer.quarantine.items,
+            "bytes": answer.quarantine.bytes,
+            "max_bytes": answer.quarantine.max_bytes,
+            "deleted": answer.quarantine.deleted,
+        },
         "sinks": [
             {
                 "name": sink.name,
@@ -157,6 +164,15 @@ def _print_status(answer: StatusResponse) -> None:
         f"{byte_count(spool.max_bytes)} waiting; {byte_count(spool.received_bytes)} received",
     )
     facts.add_row("lost", _lost(answer))
+    aside = answer.quarantine
+    facts.add_row(
+        "aside",
+        safe(
+            f"{counted(aside.items, 'damaged file')}, {byte_count(aside.bytes)} of "
+            f"{byte_count(aside.max_bytes)}; {aside.deleted} deleted",
+            _alarm(aside.items + aside.deleted),
+        ),
+    )
     print_table(out, facts)
     out.print()
     sinks = table("sink", "state", ">batches behind", ">rejected", ">dead letters", "last error")

@@ -26,6 +26,9 @@ FLAGS: dict[str, Callable[[Command], Command]] = {
     "dead_letter_bytes": click.option(
         "--dead-letter-bytes", metavar="BYTES", help="Cap of what sinks have rejected."
     ),
+    "quarantine_bytes": click.option(
+        "--quarantine-bytes", metavar="BYTES", help="Cap of damaged files set aside."
+    ),
     "uncommitted_bytes": click.option(
         "--uncommitted-bytes", metavar="BYTES", help="Cap of what awaits its commit in memory."
     ),

@@ -104,7 +104,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("agent_version", "pid", "start_time_ns", "directory", "state_directory", "spool", "sinks", "producers", "lost_records", "lost_since_start", "lost_unknown")
+    __slots__ = ("agent_version", "pid", "start_time_ns", "directory", "state_directory", "spool", "sinks", "producers", "lost_records", "lost_since_start", "lost_unknown", "quarantine")
     class LostRecordsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class StatusResponse(_message.Message):
     LOST_RECORDS_FIELD_NUMBER: _ClassVar[int]
     LOST_SINCE_START_FIELD_NUMBER: _ClassVar[int]
     LOST_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINE_FIELD_NUMBER: _ClassVar[int]
     agent_version: str
     pid: int
     start_time_ns: int
@@ -134,7 +135,20 @@ class StatusResponse(_message.Message):
     lost_records: _containers.ScalarMap[str, int]
     lost_since_start: int
     lost_unknown: str
-    def __init__(self, agent_version: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., directory: _Optional[str] = ..., state_directory: _Optional[str] = ..., spool: _Optional[_Union[SpoolStatus, _Mapping]] = ..., sinks: _Optional[_Iterable[_Union[SinkStatus, _Mapping]]] = ..., producers: _Optional[_Iterable[_Union[ProducerStatus, _Mapping]]] = ..., lost_records: _Optional[_Mapping[str, int]] = ..., lost_since_start: _Optional[int] = ..., lost_unknown: _Optional[str] = ...) -> None: ...
+    quarantine: QuarantineStatus
+    def __init__(self, agent_version: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., directory: _Optional[str] = ..., state_directory: _Optional[str] = ..., spool: _Optional[_Union[SpoolStatus, _Mapping]] = ..., sinks: _Optional[_Iterable[_Union[SinkStatus, _Mapping]]] = ..., producers: _Optional[_Iterable[_Union[ProducerStatus, _Mapping]]] = ..., lost_records: _Optional[_Mapping[str, int]] = ..., lost_since_start: _Optional[int] = ..., lost_unknown: _Optional[str] = ..., quarantine: _Optional[_Union[QuarantineStatus, _Mapping]] = ...) -> None: ...
+
+class QuarantineStatus(_message.Message):
+    __slots__ = ("items", "bytes", "max_bytes", "deleted")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    items: int
+    bytes: int
+    max_bytes: int
+    deleted: int
+    def __init__(self, items: _Optional[int] = ..., bytes: _Optional[int] = ..., max_bytes: _Optional[int] = ..., deleted: _Optional[int] = ...) -> None: ...
 
 class SpoolStatus(_message.Message):
     __slots__ = ("batches", "bytes", "received_bytes", "max_bytes")
