@@ -295,6 +295,36 @@ def test_a_page_that_goes_bad_under_a_running_agent_is_mended(
     assert len(reasons(folders)) == 1
 
 
+def test_a_spool_that_cannot_be_replaced_yet_fails_what_is_asked_and_is_replaced_later(
+    open_spool: OpenSpool, folders: Folders
+) -> None:
+    full = False
+
+    def connect(path: Path, **keywords: Any) -> sqlite3.Connection:
+        if full:
+            raise OSError("No space left on device")
+        return sqlite3.connect(path, **keywords)
+
+    spool = open_spool(connect=connect)
+    filled(spool, 5)
+    spool.close()
+    path = folders.state / "spool.db"
+    # In a batch in the middle, at which opening does not look.
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2 // PAGE_BYTES * PAGE_BYTES + 2000)
+        file.write(bytes(8))
+    spool = open_spool(connect=connect)
+    spool.add_sink("store").result()
+    full = True
+    problems = [spool.next_delivery("store", ANY_SIZE).exception() for _ in range(3)]
+    assert [type(problem) for problem in problems[1:]] == [sqlite3.OperationalError] * 2
+    assert "cannot be replaced: No space left" in str(problems[2])
+    full = False
+    found = spool.next_delivery("store", ANY_SIZE).result()
+    assert found is not None
+    assert len(found.batches) == 5
+
+
 # --- dying while it is replaced
 
 

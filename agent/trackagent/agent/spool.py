@@ -134,7 +134,12 @@ class Spool:
     def _mend(self, error: Exception) -> sqlite3.Connection:
         """On the writing thread: a connection to what could be saved of the damaged file."""
         self._writer.close()
-        self._writer = self._file.replace(str(error))
+        try:
+            self._writer = self._file.replace(str(error))
+        except OSError as problem:
+            raise sqlite3.OperationalError(
+                f"the spool is damaged ({error}) and cannot be replaced: {problem}"
+            ) from problem
         self._tables = Tables(self._writer)
         self.origin = self._tables.origin()
         self._first_since = self._tables.next_number()
