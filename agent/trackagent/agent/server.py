@@ -313,8 +313,8 @@ class _Discreet(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
 async def _unexpected_is_logged(method: str, context: Context) -> AsyncIterator[None]:
     try:
         yield
-    except grpc.aio.AbortError:
-        raise
+    except grpc.aio.BaseError:
+        raise  # an answer of ours, or gRPC's own word of a call whose caller is gone
     except Exception:
         logger.exception("%s failed", method)
         await _abort(context, grpc.StatusCode.INTERNAL, "the agent failed: see its log")
