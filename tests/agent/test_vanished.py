@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+
 import pytest
 
 from tests.agent.samples import journal, losses, producer
-from tests.fakes import Folders
+from tests.fakes import DEADLINE_S, AgentProcess, Folders, next_line, start_script, wait_until
 from trackagent.agent.decode import decode
-from trackagent.agent.orphans import GONE_INTERVAL_S, GONE_S, Orphans
+from trackagent.agent.orphans import GONE_INTERVAL_S, Orphans
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import Batch
 
+GONE_S = 1000.0
 ID = producer().producer_id
 REASON = "its process and its journal are gone: what it had not delivered is unknown"
 
@@ -29,6 +34,7 @@ class Node:
             folders.state,
             folders.state / "quarantine",
             connected=self.connected.__contains__,
+            gone_after_s=GONE_S,
             clock=lambda: self.now,
         )
 
@@ -101,3 +107,57 @@ def test_one_that_has_its_journal_goes_on(node: Node, folders: Folders) -> None:
         node.look_after(GONE_S)
     assert node.not_ended() == [ID]
     held.close()
+
+
+# --- the real agent
+
+IDLE = """
+import sys
+from trackagent import client
+
+run = client.init(experiment="idle")
+client.log({"loss": 1.0}, step=0)
+print(run.id, flush=True)
+sys.stdin.readline()
+client.finish()
+"""
+
+
+def states(agent: AgentProcess) -> list[str]:
+    producers = json.loads(agent.run_cli("status", "--json").stdout)["producers"]
+    return [one["state"] for one in producers]
+
+
+def test_a_node_that_starts_anew_ends_the_runs_that_it_took_along(
+    folders: Folders, own_agent: Callable[..., AgentProcess]
+) -> None:
+    agent = own_agent("--deliver-interval-s", "0.02", "--gone-after-s", "1").start()
+    with start_script(folders, IDLE) as process:
+        run_id = next_line(process)
+        wait_until(lambda: (run := agent.run(run_id)) and run.records_stored == 1)
+        agent.stop()
+        process.kill()
+        process.wait(DEADLINE_S)
+    shutil.rmtree(folders.directory)
+    agent.start()
+    run = agent.wait_for_status(run_id, "killed")
+    assert (run.error, run.records_stored) == (REASON, 1)
+    [event] = agent.shown(run_id)["events"]
+    assert (event["level"], event["message"].endswith(REASON)) == ("error", True)
+
+
+def test_a_rank_that_has_nothing_to_send_is_connected_and_goes_on(
+    folders: Folders, own_agent: Callable[..., AgentProcess]
+) -> None:
+    agent = own_agent("--deliver-interval-s", "0.02", "--gone-after-s", "1").start()
+    with start_script(folders, IDLE) as process:
+        run_id = next_line(process)
+        wait_until(lambda: (run := agent.run(run_id)) and run.records_stored == 1)
+        agent.stop()
+        # As that of a container whose folder is its own.
+        (journal,) = folders.journals()
+        journal.rename(folders.state / "elsewhere")
+        agent.start()
+        wait_until(lambda: states(agent) == ["connected"])
+        process.communicate("\n", timeout=DEADLINE_S)
+    assert agent.wait_for_status(run_id, "finished").lost_records == 0

@@ -74,6 +74,9 @@ class AgentConfig:
     drain_timeout_s: float = 20.0
     """How long an agent that is told to stop goes on delivering; the rest waits in its spool."""
 
+    gone_after_s: float = 3600.0
+    """How long a rank that has not ended may have neither connection nor journal; then it is killed."""
+
     log_level: str = "info"
     """How much the agent says: debug, info, warning or error."""
 
@@ -96,6 +99,7 @@ class AgentConfig:
             ("max_batch_bytes", 1024 * 1024, 64 * 1024 * 1024),
             ("max_streams", 1, 65_536),
             ("deliver_interval_s", 0.001, 3_600),
+            ("gone_after_s", 1, 365 * 86_400),
             ("drain_timeout_s", 0, 86_400),
         ):
             # Written so that NaN is refused too.

@@ -152,6 +152,7 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         config.quarantine_path,
         claim=None if access is None else access.claim_own,
         connected=is_connected,
+        gone_after_s=config.gone_after_s,
     )
 
     quarantine = Quarantine(

@@ -48,10 +48,8 @@ READ_BYTES = 1024 * 1024
 MAX_SEGMENT_BYTES = 64 * 1024 * 1024
 # How long a folder that nobody holds may be in the making; then its maker is dead.
 MAKING_S = 60.0
-# How often producers without a journal are looked for, and how long one may have neither that nor a
-# connection: its node was started anew, or the folder in memory was emptied.
+# How often, at least, producers without a journal are looked for.
 GONE_INTERVAL_S = 60.0
-GONE_S = 3600.0
 _LOGGED_ONCE = (Kind.METRICS, Kind.NAMED, Kind.EVENT)
 _PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
 _IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+")
@@ -73,8 +71,10 @@ class _Found:
 class Orphans(threading.Thread):
     """Watches the journals of `directory` and `state_directory`. `quarantine`: where unreadable
     segments go. `claim`: asked, with run and producer, before a journal is read; what it raises leaves the
-    journal as it is. `connected`: whether a producer is, by its id. `proc`, `groups`: where the kernel tells
-    of processes and control groups, and `clock` (seconds, monotonic): seams for tests."""
+    journal as it is. `connected`: whether a producer is, by its id. `gone_after_s`: how long one may have
+    neither a connection nor a journal, since its node was started anew or the folder in memory was emptied.
+    `proc`, `groups`: where the kernel tells of processes and control groups, and `clock` (seconds,
+    monotonic): seams for tests."""
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class Orphans(threading.Thread):
         *,
         claim: Callable[[str, bytes], None] | None = None,
         connected: Callable[[bytes], bool] = lambda producer_id: False,
+        gone_after_s: float = 3600.0,
         proc: Path = Path("/proc"),
         groups: Path = Path("/sys/fs/cgroup"),
         clock: Callable[[], float] = time.monotonic,
@@ -95,6 +96,7 @@ class Orphans(threading.Thread):
         self._quarantine = quarantine
         self._claim = claim
         self._connected = connected
+        self._gone_after_s = gone_after_s
         # Producers that have not ended and have neither journal nor connection, and since when.
         self._gone: dict[bytes, float] = {}
         self._gone_due = -math.inf
@@ -178,7 +180,7 @@ class Orphans(threading.Thread):
         now = self._clock()
         if now < self._gone_due:
             return
-        self._gone_due = now + GONE_INTERVAL_S
+        self._gone_due = now + min(GONE_INTERVAL_S, self._gone_after_s / 4)
         try:
             not_ended = self._spool.statistics().result()["producers"]
             infos: dict[bytes, ProducerInfo] = {
@@ -190,7 +192,7 @@ class Orphans(threading.Thread):
                 if id_.hex() not in names and not self._connected(id_)
             }
             for id_, since in self._gone.items():
-                if now - since >= GONE_S:
+                if now - since >= self._gone_after_s:
                     self._spool.end_producer(id_, _last_word_of_the_gone(infos[id_])).result()
                     logger.warning("%s (run %s) is gone", infos[id_].source, infos[id_].run_id)
         except (AgentError, sqlite3.Error) as error:

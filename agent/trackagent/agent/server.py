@@ -23,6 +23,7 @@ from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import OutOfOrder, Spool, SpoolFull, UnknownProducer
 from trackagent.agent.store.contract import ProducerInfo, StoreError
 from trackagent.client.segment import MAX_LANES, MAX_OFFSET
+from trackagent.client.sender import PRODUCER_KEY
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         self._room = asyncio.Event()
 
     def is_connected(self, producer_id: bytes) -> bool:
-        """Whether a stream is open on which something of the producer came. From any thread."""
+        """Whether a stream is open that is the producer's or has brought something of it. From any thread."""
         return producer_id in self._connected
 
     async def OpenRun(
@@ -138,6 +139,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         commits = _Commits()
         reader = asyncio.create_task(self._read(requests, commits, context.peer()))
         try:
+            await self._greet(context, commits.producer_ids)
             while (item := await commits.queue.get()) is not None:
                 commits.slots.release()
                 if isinstance(item, _Denied):
@@ -155,6 +157,24 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 if not self._connected[producer_id]:
                     del self._connected[producer_id]
             reader.cancel()
+
+    async def _greet(self, context: Context, producer_ids: set[bytes]) -> None:
+        """Whose stream it is, as its first words say: its rank may have nothing to send for long."""
+        for key, producer_id in context.invocation_metadata() or ():
+            if key == PRODUCER_KEY and isinstance(producer_id, bytes):
+                if self._access is not None:
+                    try:
+                        await self._access.check(context.peer(), producer_id)
+                    except NotYours:
+                        continue
+                self._note_connected(producer_id, producer_ids)
+
+    def _note_connected(self, producer_id: bytes, producer_ids: set[bytes]) -> None:
+        # Remembered for as long as the stream lasts; of another length, the spool knows none.
+        room = len(producer_ids) < MAX_PRODUCERS and len(producer_id) == producers.ID_BYTES
+        if room and producer_id not in producer_ids:
+            producer_ids.add(producer_id)
+            self._connected[producer_id] += 1
 
     async def _read(
         self, requests: AsyncIterator[agent_pb2.PushRequest], commits: _Commits, peer: str
@@ -185,11 +205,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                     await self._access.check(peer, request.producer_id)
                 except NotYours as error:
                     return _Denied(error)
-            # Remembered for as long as the stream lasts; of another length, the spool knows none.
-            known_length = len(request.producer_id) == producers.ID_BYTES
-            if known_length and len(producer_ids) < MAX_PRODUCERS:
-                producer_ids.add(request.producer_id)
-                self._connected[request.producer_id] += 1
+            self._note_connected(request.producer_id, producer_ids)
         most = self._config.uncommitted_bytes
         while self._uncommitted_bytes and self._uncommitted_bytes + size > most:
             self._room.clear()

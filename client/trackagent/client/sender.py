@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("trackagent")
 
 PROTOCOL_VERSION = 1
+# In the metadata of a Push call: the id of the producer whose stream it is.
+PRODUCER_KEY = "trackagent-producer-bin"
 MAX_IN_FLIGHT_BYTES = 16 * 1024 * 1024
 MAX_SCHEMAS_BYTES = 1024 * 1024
 CALL_TIMEOUT_S = 10.0
@@ -281,7 +283,9 @@ class _Stream:
             timeout=CALL_TIMEOUT_S,
         )
         self.max_batch_bytes = response.max_batch_bytes
-        responses = self._stub.Push(iter(self._requests.get, None))
+        # Said at once: a rank that logs nothing for hours is connected too.
+        who = ((PRODUCER_KEY, self._producer_id),)
+        responses = self._stub.Push(iter(self._requests.get, None), metadata=who)
         self._reader = threading.Thread(
             target=self._read, args=(responses,), name="trackagent-acknowledgements", daemon=True
         )

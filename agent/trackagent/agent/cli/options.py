@@ -45,6 +45,9 @@ FLAGS: dict[str, Callable[[Command], Command]] = {
     "drain_timeout_s": click.option(
         "--drain-timeout-s", metavar="SECONDS", help="How long to deliver after being told to stop."
     ),
+    "gone_after_s": click.option(
+        "--gone-after-s", metavar="SECONDS", help="When a rank without a trace is killed."
+    ),
     "log_level": click.option(
         "--log-level", metavar="LEVEL", help="debug, info, warning or error."
     ),
