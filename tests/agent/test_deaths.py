@@ -149,8 +149,10 @@ def orphans(spool: Spool, folders: Folders) -> Orphans:
 
 
 def deaths(spool: Spool) -> list[EventData]:
+    """The events that say of a rank that it died."""
     delivery = spool.next_delivery("store", 1 << 40).result()
-    return [] if delivery is None else list(decode(delivery, spool.keys).events)
+    events = [] if delivery is None else decode(delivery, spool.keys).events
+    return [one for one in events if "last_step" in one.data]
 
 
 def test_the_last_step_is_found_in_several_lanes(
