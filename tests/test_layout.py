@@ -77,6 +77,13 @@ def test_an_import_of_the_agent_would_be_seen(
     assert [n for n in imported_names(source) if n.startswith("trackagent.agent")] != []
 
 
+@pytest.mark.parametrize("root", NAMESPACE_ROOTS[:2], ids=lambda root: root.parent.name)
+def test_the_readme_says_what_each_file_is_for(root: Path) -> None:
+    shown = re.findall(r"\w+\.py\b", (ROOT / "README.md").read_text(encoding="utf-8"))
+    names = {path.name for path in (root / root.parent.name).glob("*.py")} - {"__init__.py"}
+    assert sorted(names - set(shown)) == []
+
+
 def test_make_help_names_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)

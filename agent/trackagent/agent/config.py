@@ -63,7 +63,7 @@ class AgentConfig:
     """Largest piece of a journal that a rank may send at once."""
 
     max_streams: int = 1024
-    """Ranks (and processes that they forked) that may be connected at the same time."""
+    """Ranks that may be connected at the same time."""
 
     group: str | None = None
     """Unix group that may use the socket too; None: only the user who runs the agent."""

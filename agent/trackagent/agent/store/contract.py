@@ -129,7 +129,8 @@ class ProducerEnd:
 class Loss:
     """`records` of a producer were lost for `reason`. more: True: `records` are in addition to what was
     counted before; False: the count from the producer's beginning, the largest stays. A reason counted in
-    both ways has lost the largest count and all additions together."""
+    both ways has lost the largest count and all additions together. Where nobody knows how many were
+    lost, they count as 1; the event that comes with it says what is known."""
 
     producer_id: bytes
     reason: str
