@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import DEADLINE_S, AgentProcess, Folders, next_line, start_script, wait_until
+from trackagent.agent.config import STORE_NAME
 
 # `trackagent`, but its store rejects what holds the key "poison" for as long as a file is there.
 PICKY = """
@@ -169,6 +172,35 @@ def test_a_letter_can_be_thrown_away(agent: AgentProcess, run_id: str) -> None:
     assert agent.shown(run_id)["losses"] == {"dead letters thrown away": 1}
     lost = json.loads(agent.run_cli("status", "--json").stdout)["lost_records"]
     assert lost == {"dead letters thrown away": 1}
+
+
+def test_a_damaged_store_is_not_replaced_beside_the_agent_that_writes_to_it(
+    agent: AgentProcess, run_id: str, picky: Path
+) -> None:
+    store = agent.folders.state / STORE_NAME
+    damage(store, "copy_of_params")
+    refused = letters(agent, "discard", "--all", "--yes")
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert "damaged" in refused.stderr
+    assert "restart the agent" in refused.stderr
+    assert (len(listed(agent)), (store.parent / "quarantine").exists()) == (1, False)
+
+    # What the agent writes now is in the store.
+    picky.unlink()
+    assert letters(agent, "retry", "--all").returncode == 0
+    assert stored(agent, run_id) == ALL
+
+
+def damage(store: Path, index: str) -> None:
+    """Writes noise over an index that a running agent does not look at."""
+    with contextlib.closing(sqlite3.connect(store)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        query = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        (page,) = connection.execute(query, (index,)).fetchone()
+        (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+    with store.open("r+b") as file:
+        file.seek((page - 1) * page_bytes)
+        file.write(b"\xff" * 100)
 
 
 def test_what_there_is_not_is_said(folders: Folders) -> None:

@@ -29,7 +29,7 @@ from tests.agent.store.batches import (
     producer,
 )
 from tests.fakes import COMMAND, Folders
-from trackagent.agent.store import open_reader, open_writer, schema
+from trackagent.agent.store import database, open_reader, open_writer, schema
 from trackagent.agent.store.contract import Batch, Setting, StoreError
 from trackagent.agent.store.sqlite import SqliteWriter
 
@@ -491,6 +491,37 @@ def test_a_command_that_finds_a_damaged_store_says_so_in_a_line(path: Path) -> N
     )
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "damaged" in done.stderr
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_damaged_store_that_is_not_to_be_repaired_stays_as_it_is(
+    path: Path, replaced: bool
+) -> None:
+    page = pages_of(checkpointed())["copy_of_params"][0]
+    put(path, mutated(checkpointed(), PAGES["noise"]((page - 1) * PAGE)))
+    ready = path.with_name("store.db.salvaged")
+    if replaced:
+        ready.write_bytes(checkpointed())
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=r"damaged.*restart the agent"):
+        open_writer(path, repair=False)
+    assert (path.read_bytes()[PAGE:], ready.exists()) == (before[PAGE:], replaced)
+    assert not (path.parent / "quarantine").exists()
+
+
+def test_what_keeps_a_damaged_store_from_being_read_stands_beside_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise LookupError("a defect of ours")
+
+    monkeypatch.setattr(database, "salvage", fails)
+    page = pages_of(checkpointed())["runs"][0]
+    put(path, mutated(checkpointed(), PAGES["noise"]((page - 1) * PAGE)))
+    assert reopened(path) == {}
+    (file,) = aside(path)
+    reason = file.with_suffix(".reason").read_text()
+    assert "nothing could be read: LookupError('a defect of ours')" in reason
 
 
 # --- dying on the way

@@ -246,7 +246,8 @@ def discard_command(config: AgentConfig, ids: tuple[str, ...], every: bool, yes:
         click.confirm(f"Throw {what} away?", abort=True)
     if letters:
         try:
-            with contextlib.closing(open_writer(config.store_path)) as writer:
+            # An agent may have the store open: only the agent itself may replace it.
+            with contextlib.closing(open_writer(config.store_path, repair=False)) as writer:
                 for letter in letters:
                     _count_as_lost(writer, letter)
                     deadletters.discard(letter)

@@ -10,14 +10,15 @@ from trackagent.agent.store.contract import Reader, StoreError, Writer
 __all__ = ["StoreError", "open_reader", "open_writer"]
 
 
-def open_writer(path: Path) -> Writer:
+def open_writer(path: Path, *, repair: bool = True) -> Writer:
     """The embedded store in the file `path` for writing; file and folder are made where missing.
 
-    Raises StoreError when it cannot be opened or was written by a newer trackagent.
+    repair: a damaged file is replaced by what can be read of it; False beside an agent that may have it open.
+    Raises StoreError when it cannot be opened, was written by a newer trackagent, or is damaged and stays.
     """
     from trackagent.agent.store.sqlite import SqliteWriter
 
-    return SqliteWriter(path)
+    return SqliteWriter(path, repair=repair)
 
 
 def open_reader(path: Path, *, timeout_s: float = 30.0) -> Reader:

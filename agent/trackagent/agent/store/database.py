@@ -30,6 +30,7 @@ WAL_BYTES_KEPT = 64 << 20
 CHECKED_BYTES = 256 << 20
 
 _REASON_CHARACTERS = 300
+_MEND = "restart the agent, which keeps what can be read of it"
 
 _log = logging.getLogger(__name__)
 
@@ -56,19 +57,30 @@ def translated(operation: str, path: Path) -> Iterator[None]:
 
 
 def open_for_writing(
-    path: Path, opener: Opener = connect, *, damage: str = "", thorough: bool = False
+    path: Path,
+    opener: Opener = connect,
+    *,
+    damage: str = "",
+    thorough: bool = False,
+    repair: bool = True,
 ) -> sqlite3.Connection:
     """The database at `path`, created or migrated where needed; commits are durable when they return.
 
     A damaged one goes to the folder `quarantine` beside it, with the reason, and a new one takes its place
     with what can be read (salvage.py). damage: what has been found wrong with it already. thorough: looks for
     damage everywhere, however long that takes; else in a file of more than CHECKED_BYTES where there are no
-    points.
+    points. repair: False where an agent may have the file open, whose writes would go to the moved one:
+    a damaged file stays as it is, StoreError.
     """
     with translated("open the store", path):
         _make_folder(path.parent)
-        _finish_replacing(path, "its replacement was interrupted")
+        if repair:
+            _finish_replacing(path, "its replacement was interrupted")
+        elif _salvaged(path).exists():
+            raise _left_alone(path, "it is being replaced")
         problem = damage or _problem(path)
+        if problem and not repair:  # what an agent is just writing may look so
+            problem = _problem(path)
         if not problem:
             try:
                 return _opened(path, opener, thorough=thorough)
@@ -76,12 +88,18 @@ def open_for_writing(
                 if not says_damaged(error):
                     raise
                 problem = str(error)
+        if not repair:
+            raise _left_alone(path, problem)
         _replace(path, problem)
         try:
             return _opened(path, opener, thorough=False)
         except _Damaged as error:  # what was read of it makes no store
             _set_aside(path, str(error))
             return _opened(path, opener, thorough=False)
+
+
+def _left_alone(path: Path, problem: str) -> StoreError:
+    return StoreError(f"the store {path} is damaged ({problem}); {_MEND}")
 
 
 def open_for_reading(path: Path, opener: Opener = connect) -> tuple[sqlite3.Connection, bool]:
@@ -174,14 +192,14 @@ def _problem(path: Path) -> str:
         head = pages.page(1)
         if head[:16] != b"SQLite format 3\0" or pages.page(1, 0)[:16] != head[:16]:
             return "file is not a database"
-        if any(head[at : at + len(known)] != known for at, known in _HEAD.items()):
+        if head[16:24] != _FORMAT:
             return "its header is damaged"
         return pages.log_problem or pages.freelist_problem() or ""
 
 
-# Fields of the header that never change: sizes and versions of the format; and of one with tables, a schema's
-# format, an incremental vacuum and UTF-8.
-_HEAD = {16: b"\x10\0\2\2\0\x40\x20\x20"}
+# Bytes 16 to 23 of the header, the same in every store: pages of 4096 bytes, written and read with a log,
+# nothing reserved in them, and the fractions of a payload that SQLite prescribes.
+_FORMAT = b"\x10\0\2\2\0\x40\x20\x20"
 
 
 def _check_version(connection: sqlite3.Connection) -> None:
@@ -225,12 +243,14 @@ def _replace(path: Path, reason: str) -> None:
     reason = reason[:_REASON_CHARACTERS]
     try:
         _fill(path, begun, reason)
-    except (ArithmeticError, LookupError, TypeError, ValueError, sqlite3.IntegrityError):
+    except (ArithmeticError, LookupError, TypeError, ValueError, sqlite3.IntegrityError) as error:
+        # Said beside the file: a defect of ours must not look like a file that holds nothing.
         _log.exception("nothing can be read of the damaged store %s", path)
+        reason = f"{reason}; nothing could be read: {error!r}"
         begun.unlink(missing_ok=True)
     if begun.exists():
         _sync(begun)
-        begun.rename(path.with_name(f"{path.name}.salvaged"))
+        begun.rename(_salvaged(path))
         _finish_replacing(path, reason)
     else:
         _set_aside(path, reason)
@@ -259,11 +279,16 @@ def _fill(path: Path, begun: Path, reason: str) -> None:
 
 def _finish_replacing(path: Path, reason: str) -> None:
     """Puts a new file that is whole in the place of the damaged one."""
-    ready = path.with_name(f"{path.name}.salvaged")
+    ready = _salvaged(path)
     if ready.exists():
         _set_aside(path, reason)
         ready.rename(path)
         _sync(path.parent)
+
+
+def _salvaged(path: Path) -> Path:
+    """The new file, whole, that is to take the place of the damaged one."""
+    return path.with_name(f"{path.name}.salvaged")
 
 
 def _sync(path: Path) -> None:
@@ -316,5 +341,5 @@ def _next_step(error: Exception) -> str:
     if "locked" in text:
         return "another process has been writing for long; try again"
     if says_damaged(error):
-        return "the file is damaged: restart the agent, which keeps what can be read of it"
+        return f"the file is damaged: {_MEND}"
     return "check that the folder exists and belongs to you"

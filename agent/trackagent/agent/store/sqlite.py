@@ -55,7 +55,7 @@ class SqliteWriter:
     """A store.Writer on the SQLite file at `path`, created where it is missing.
 
     Used by one thread at a time. Other processes may write to the same file; each waits for the other.
-    `opener` and `clock` (seconds, monotonic) are seams for tests.
+    repair: whether a damaged file is replaced. `opener` and `clock` (seconds, monotonic) are seams for tests.
     """
 
     def __init__(
@@ -64,8 +64,10 @@ class SqliteWriter:
         *,
         opener: database.Opener = database.connect,
         clock: Callable[[], float] = time.monotonic,
+        repair: bool = True,
     ) -> None:
         self._path = path
+        self._repair = repair
         self._opener = opener
         self._clock = clock
         self._closed = False
@@ -77,7 +79,9 @@ class SqliteWriter:
         self._data_version = -1
         self._streams = Streams()
         self._producers: dict[bytes, Producer] = {}
-        self._connection: sqlite3.Connection | None = database.open_for_writing(path, opener)
+        self._connection: sqlite3.Connection | None = database.open_for_writing(
+            path, opener, repair=repair
+        )
 
     def write(self, batch: Batch) -> None:
         try:
@@ -131,7 +135,11 @@ class SqliteWriter:
             raise StoreError(f"the store {self._path} is closed")
         if self._connection is None:
             self._connection = database.open_for_writing(
-                self._path, self._opener, damage=self._damage, thorough=self._suspect
+                self._path,
+                self._opener,
+                damage=self._damage,
+                thorough=self._suspect,
+                repair=self._repair,
             )
             self._damage, self._suspect = "", False
         return self._connection
