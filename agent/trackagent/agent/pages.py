@@ -18,9 +18,9 @@ from typing import BinaryIO, NamedTuple
 from trackagent.agent.pagelog import PAGE_BYTES, read_log
 
 _HEADER_BYTES = 100
-_TABLE_LEAF, _INDEX_LEAF, _INDEX_INTERIOR = 0x0D, 0x0A, 0x02
-_WITH_ROWS = (_TABLE_LEAF, _INDEX_LEAF, _INDEX_INTERIOR)
-_FREE_PAGE = 2  # in the pointer map
+TABLE_LEAF, INDEX_LEAF, INDEX_INTERIOR = 0x0D, 0x0A, 0x02
+_WITH_ROWS = (TABLE_LEAF, INDEX_LEAF, INDEX_INTERIOR)
+FREE_PAGE = 2  # in the pointer map
 _MAX_PAYLOAD_BYTES = 1 << 30
 # Fields of the head that are the same in every file of ours: offset → bytes.
 _CONSTANTS = {
@@ -193,22 +193,22 @@ class Pages:
         # In order, so that each page of the map is read once.
         mapped, types = 0, b""
         for number in sorted(found):
-            if _map_of(number) != mapped:
-                mapped = _map_of(number)
+            if map_of(number) != mapped:
+                mapped = map_of(number)
                 types = self.page(mapped)[::5]
             at = number - mapped - 1
-            if at < 0 or types[at : at + 1] != bytes([_FREE_PAGE]):
+            if at < 0 or types[at : at + 1] != bytes([FREE_PAGE]):
                 return f"page {number} is listed as unused and is used"
         return None
 
     def _is_free(self, number: int, view: int) -> bool:
         """What the pointer map says of a page (every file of ours has one)."""
-        mapped = _map_of(number)
+        mapped = map_of(number)
         at = 5 * (number - mapped - 1)
-        return at >= 0 and self.page(mapped, view)[at : at + 1] == bytes([_FREE_PAGE])
+        return at >= 0 and self.page(mapped, view)[at : at + 1] == bytes([FREE_PAGE])
 
 
-def _map_of(number: int) -> int:
+def map_of(number: int) -> int:
     """The page of the pointer map that says what page `number` is for."""
     apart = PAGE_BYTES // 5 + 1
     return max(0, number - 2) // apart * apart + 2
@@ -224,23 +224,23 @@ def _head_bytes(number: int) -> int:
 def _pointers(data: bytes, head: int) -> tuple[int, ...]:
     """Where the rows of a page begin."""
     (count,) = struct.unpack_from(">H", data, head + 3)
-    first = head + (12 if data[head] == _INDEX_INTERIOR else 8)
+    first = head + (12 if data[head] == INDEX_INTERIOR else 8)
     return struct.unpack_from(f">{min(count, (PAGE_BYTES - first) // 2)}H", data, first)
 
 
 def _cell(data: bytes, place: Place) -> Cell | None:
     try:
         kind = data[_head_bytes(place.page)]
-        size, at = _varint(data, place.at + (4 if kind == _INDEX_INTERIOR else 0))
+        size, at = _varint(data, place.at + (4 if kind == INDEX_INTERIOR else 0))
         rowid = None
-        if kind == _TABLE_LEAF:
+        if kind == TABLE_LEAF:
             rowid, at = _varint(data, at)
             rowid -= 1 << 64 if rowid >> 63 else 0
     except IndexError:
         return None
     if not 0 < size <= _MAX_PAYLOAD_BYTES:
         return None
-    local = _local_bytes(size, kind == _TABLE_LEAF)
+    local = _local_bytes(size, kind == TABLE_LEAF)
     payload = data[at : at + local]
     overflow = 0
     if local < size:

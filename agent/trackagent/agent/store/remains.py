@@ -17,16 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from trackagent.agent.pagelog import PAGE_BYTES
-from trackagent.agent.pages import Cell, Pages, columns
+from trackagent.agent.pages import (
+    FREE_PAGE,
+    INDEX_INTERIOR,
+    INDEX_LEAF,
+    TABLE_LEAF,
+    Cell,
+    Pages,
+    columns,
+    map_of,
+)
 from trackagent.agent.store import schema
 
 Row = dict[str, Any]
 
 # Columns that older rows lack.
 _ADDED_LATER = {"producers": 2, "losses": 1}
-_TABLE_LEAF, _INDEX_LEAF, _INDEX_INTERIOR = 0x0D, 0x0A, 0x02
 _TABLE_INTERIOR = 0x05
-_FREE, _CHILD = 2, 5  # in the pointer map
+_CHILD = 5  # in the pointer map
 _DEEPEST = 32
 
 
@@ -58,13 +66,13 @@ class Remains(Pages):
     def rows(self, table: str) -> Iterator[tuple[int, Cell]]:
         """The row numbers and cells of a table."""
         for number in self._leaves[table]:
-            yield from self._cells(number, table, _TABLE_LEAF)
+            yield from self._cells(number, table, TABLE_LEAF)
 
     def entries(self, index: str) -> Iterator[Row]:
         """The entries of an index, columns by name, the row's number as `id`."""
         names = [*self.names.get(index, []), "id"]
         for number in self._leaves[index]:
-            for _, cell in self._cells(number, index, _INDEX_LEAF, _INDEX_INTERIOR):
+            for _, cell in self._cells(number, index, INDEX_LEAF, INDEX_INTERIOR):
                 values = columns(self.payload(cell), cell.size)
                 if values is not None and len(values) == len(names):
                     yield dict(zip(names, values, strict=True))
@@ -95,15 +103,14 @@ class Remains(Pages):
         data = self.page(number)
         kind = data[0] if data else 0
         if kind in kinds:
-            head = 0
-            count = int.from_bytes(data[head + 3 : head + 5], "big")
+            count = int.from_bytes(data[3:5], "big")
             found = 0
             for cell in self.cells_on(number):
                 found += 1
                 yield (cell.rowid or 0), cell
             if found != count:
                 self.bad_pages[name] += 1
-        elif kind != _TABLE_INTERIOR or _TABLE_LEAF not in kinds:
+        elif kind != _TABLE_INTERIOR or TABLE_LEAF not in kinds:
             self.bad_pages[name] += 1
 
     def _read_schema(self) -> None:
@@ -113,7 +120,7 @@ class Remains(Pages):
             if number == 1 or self._root_of(number) == 1:
                 data = self.page(number)
                 head = 100 if number == 1 else 0
-                if not data or data[head] != _TABLE_LEAF:
+                if not data or data[head] != TABLE_LEAF:
                     continue
                 for cell in self.cells_on(number):
                     values = columns(self.payload(cell), cell.size)
@@ -159,18 +166,17 @@ class Remains(Pages):
         """The page that leads to this one, None for what is no page of a tree. Where the pointer map and what
         interior pages say differ, these are right: a bad one would hardly name pages."""
         kind, parent = self._pointer(number)
-        if kind == _FREE:
+        if kind == FREE_PAGE:
             return None
         said = self._parents.get(number)
         return said if said is not None else parent if kind == _CHILD else None
 
     def _pointer(self, number: int) -> tuple[int, int]:
         """What the pointer map says of a page: its kind and its parent."""
-        apart = PAGE_BYTES // 5 + 1
-        mapped = (number - 2) // apart * apart + 2
-        if number < 3 or number == mapped:
-            return 0, 0
+        mapped = map_of(number)
         at = 5 * (number - mapped - 1)
+        if at < 0:  # the first page, or one of the map
+            return 0, 0
         entry = self.page(mapped)[at : at + 5]
         return (entry[0], int.from_bytes(entry[1:], "big")) if len(entry) == 5 else (0, 0)
 
@@ -178,7 +184,7 @@ class Remains(Pages):
 def _children(data: bytes, *, first: bool) -> list[int]:
     """The pages that an interior page leads to."""
     head = 100 if first else 0
-    if len(data) != PAGE_BYTES or data[head] not in (_TABLE_INTERIOR, _INDEX_INTERIOR):
+    if len(data) != PAGE_BYTES or data[head] not in (_TABLE_INTERIOR, INDEX_INTERIOR):
         return []
     count = min(int.from_bytes(data[head + 3 : head + 5], "big"), (PAGE_BYTES - head - 12) // 2)
     places = struct.unpack_from(f">{count}H", data, head + 12)

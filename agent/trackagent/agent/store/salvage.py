@@ -202,9 +202,15 @@ def _complete(found: _Rows, rebuilt: set[tuple[str, int]], report: Report) -> No
 
 
 _UNKNOWN_PRODUCER: Row = {
-    **dict.fromkeys(("attempt", "experiment"), 1),
-    **dict.fromkeys(("local_rank", "pid", "start_time_ns", "forked", "job_time_ns"), 0),
-    **dict.fromkeys(("node", "run_name"), ""),
+    "attempt": 1,
+    "experiment": 1,
+    "local_rank": 0,
+    "pid": 0,
+    "start_time_ns": 0,
+    "forked": 0,
+    "job_time_ns": 0,
+    "node": "",
+    "run_name": "",
     "records": 0,
 }
 

@@ -41,8 +41,20 @@ COLUMNS_PER_CHUNK = 16_384
 MARK = 0x746B_0000  # with the version: PRAGMA application_id from version 5 on
 
 TABLES = (
-    *("experiments", "runs", "sources", "producers", "keysets", "streams", "chunks", "columns"),
-    *("params", "tags", "events", "losses", "gaps", "applied"),
+    "experiments",
+    "runs",
+    "sources",
+    "producers",
+    "keysets",
+    "streams",
+    "chunks",
+    "columns",
+    "params",
+    "tags",
+    "events",
+    "losses",
+    "gaps",
+    "applied",
 )
 LARGE = ("chunks", "columns")
 PARTIAL_INDEX = "idx_streams_due"
@@ -52,9 +64,25 @@ CHUNKS_INDEX = "idx_chunks_stream_start"
 # asked for comes first: these indexes are not meant for questions.
 TWICE = {
     "producers": (
-        *("pid", "node", "start_time_ns", "local_rank", "world_size", "rank", "forked", "run_name"),
-        *("experiment", "job_time_ns", "said_attempt", "attempt", "end_status", "end_time_ns"),
-        *("end_error", "logged", "producer_id", "run", "source"),
+        "pid",
+        "node",
+        "start_time_ns",
+        "local_rank",
+        "world_size",
+        "rank",
+        "forked",
+        "run_name",
+        "experiment",
+        "job_time_ns",
+        "said_attempt",
+        "attempt",
+        "end_status",
+        "end_time_ns",
+        "end_error",
+        "logged",
+        "producer_id",
+        "run",
+        "source",
     ),
     "keysets": ("keys",),
     "params": ("time_ns", "value", "run", "key"),
@@ -62,7 +90,12 @@ TWICE = {
     "events": ("time_ns", "level", "step", "message", "data", "producer", "run"),
     "losses": ("reason", "producer", "counted", "more"),
     "gaps": (
-        *("last_time_ns", "reason", "producer", "first_time_ns", "first_step", "last_step"),
+        "last_time_ns",
+        "reason",
+        "producer",
+        "first_time_ns",
+        "first_step",
+        "last_step",
         "records",
     ),
     "applied": ("last", "first", "origin"),
