@@ -132,11 +132,15 @@ class Connection(sqlite3.Connection):
 
 
 class Connections:
-    """What opens connections for a Spool, and the last one it opened."""
+    """What opens connections for a Spool, and the last one it opened. full: none can be opened, as when
+    there is no room for the file."""
 
     def __init__(self) -> None:
         self.last: Connection
+        self.full = False
 
     def __call__(self, path: Path, **keywords: Any) -> sqlite3.Connection:
+        if self.full:
+            raise OSError("No space left on device")
         self.last = sqlite3.connect(path, factory=Connection, **keywords)
         return self.last

@@ -43,6 +43,11 @@ def append(spool: Spool, *steps: int) -> bytes:
     return data
 
 
+def origin(spool: Spool) -> str:
+    """What the ids of the sink's batches begin with."""
+    return spool.add_sink("fake").result()
+
+
 def left(spool: Spool) -> int:
     return int(spool.statistics().result()["batches"])
 
@@ -156,8 +161,8 @@ def test_the_next_agent_goes_on_with_the_halved_range(
     start(sink)
     settled(spool)
     assert [batch.id for batch in sink.tried[:2]] == [
-        BatchId(spool.origin, 1, 4),
-        BatchId(spool.origin, 1, 2),
+        BatchId(origin(spool), 1, 4),
+        BatchId(origin(spool), 1, 2),
     ]
     assert sorted(sink.steps) == [0, 2, 3, 4, 5, 6, 7]
 
@@ -172,7 +177,7 @@ def test_a_letter_says_what_is_needed_to_judge_it(
     start(PickySink(2))
     settled(spool)
     (letter,) = letters(tmp_path)
-    assert letter.id == f"{spool.origin[:12]}-1"
+    assert letter.id == f"{origin(spool)[:12]}-1"
     assert (letter.sink, letter.reason, letter.times) == ("fake", "bad steps [2]", 1)
     assert (letter.producer, letter.lane, letter.first_offset) == (producer(), 0, 0)
     assert (letter.size, letter.records, letter.journal_bytes()) == (len(data), 2, data)
@@ -186,7 +191,7 @@ def test_the_run_says_that_records_were_rejected(spool: Spool, start: Start) -> 
     wait_until(lambda: sink.messages)
     assert sink.messages == [
         "sink fake rejects 2 records for good: bad steps [2]; they are kept as dead letter "
-        f"{spool.origin[:12]}-1"
+        f"{origin(spool)[:12]}-1"
     ]
 
 
@@ -227,7 +232,7 @@ def test_a_letter_that_cannot_be_written_keeps_the_batch(
 def test_a_letter_half_written_by_a_dead_agent_is_no_letter(
     spool: Spool, start: Start, tmp_path: Path
 ) -> None:
-    half = tmp_path / "dead-letters" / "fake" / f".{spool.origin[:12]}-1"
+    half = tmp_path / "dead-letters" / "fake" / f".{origin(spool)[:12]}-1"
     half.mkdir(parents=True)
     (half / "records").write_bytes(b"half")
     start(PickySink(1))
@@ -389,7 +394,7 @@ def test_a_letter_needs_no_spool_to_be_delivered(
     (letter,) = letters(tmp_path)
     batch = decode(letter.delivery(), letter.keys)
     assert [(part.keys, part.steps.tolist()) for part in batch.points] == [(LOSS_KEYS, [2])]
-    assert batch.id == BatchId(spool.origin, 2, 2)
+    assert batch.id == BatchId(origin(spool), 2, 2)
 
 
 # --- dying on the way

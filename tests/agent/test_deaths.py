@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.agent.samples import TIME_NS, journal, log_losses, producer
-from tests.fakes import Folders
+from tests.fakes import Folders, wait_until
 from trackagent.agent.deaths import LastWords, MemoryGroup, event, memory_group
 from trackagent.agent.decode import decode
 from trackagent.agent.orphans import MAKING_S, Orphans
@@ -287,6 +288,33 @@ def test_other_hidden_folders_are_left_alone(
     patient.look()
     now[0] += 10 * MAKING_S
     patient.look()
+    assert path.exists()
+
+
+def test_other_hidden_folders_are_left_alone_however_often_the_agent_tidies(
+    patient: Orphans,
+    spool: Spool,
+    folders: Folders,
+    now: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trackagent.agent.orphans.SCAN_INTERVAL_S", 0.01)
+    monkeypatch.setattr("trackagent.agent.orphans.TIDY_INTERVAL_S", 0.0)
+    tidied = 0
+
+    def forget_ended(kept: list[bytes]) -> Future[None]:
+        nonlocal tidied
+        tidied += 1
+        now[0] += MAKING_S
+        return forget(kept)
+
+    forget = spool.forget_ended
+    monkeypatch.setattr(spool, "forget_ended", forget_ended)
+    path = folders.directory / "journals" / ".cache"
+    path.mkdir(parents=True)
+    patient.start()
+    wait_until(lambda: tidied > 2 or not path.exists())
+    patient.stop()
     assert path.exists()
 
 

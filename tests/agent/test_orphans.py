@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 
@@ -27,7 +27,6 @@ from trackagent.agent.orphans import Orphans
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import Batch, EventData
 from trackagent.client import record
-from trackagent.client.folder import LOCK_NAME, ProducerFolder
 from trackagent.client.journal import Journal
 from trackagent.client.record import Kind
 from trackagent.client.segment import HEADER_BYTES, LAST_WORDS_BYTES
@@ -503,24 +502,6 @@ def test_no_folder_of_journals_is_no_problem(orphans: Orphans) -> None:
     orphans.look()
 
 
-def test_the_folder_of_a_process_that_was_killed_while_it_made_it_is_deleted(
-    orphans: Orphans, journals: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(orphans_module, "SCAN_INTERVAL_S", 0.01)
-    monkeypatch.setattr(orphans_module, "TIDY_INTERVAL_S", 0.0)
-    left = journals / f".{uuid4().hex}.4711"
-    left.mkdir()
-    (left / LOCK_NAME).touch()
-    living = ProducerFolder(folders.directory, uuid4().hex)
-    living.open().rename(journals / ".being.made")
-    orphans.start()
-    try:
-        wait_until(lambda: not left.exists())
-    finally:
-        orphans.stop()
-    assert (journals / ".being.made").is_dir()
-
-
 def test_a_file_in_place_of_the_folder_of_journals_is_no_problem(
     orphans: Orphans, folders: Folders, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -670,6 +651,35 @@ def test_a_fault_of_the_spool_leaves_the_journal_for_the_next_look(
     connections.last.failing = None
     orphans.look()
     assert (steps(spool), ends(spool), folders.journals()) == (list(MANY), [KILLED], [])
+
+
+def test_a_spool_that_cannot_be_replaced_yet_ends_no_thread(
+    open_spool: Callable[..., Spool],
+    folders: Folders,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(orphans_module, "SCAN_INTERVAL_S", 0.01)
+    monkeypatch.setattr(orphans_module, "TIDY_INTERVAL_S", 0.0)
+    connections = Connections()
+    spool = open_spool(connect=connections)
+    spool.add_sink("store").result()
+    connections.last.failing = "COMMIT"
+    connections.last.error = sqlite3.DatabaseError("database disk image is malformed")
+    connections.full = True
+    orphans = Orphans(
+        spool, folders.directory, folders.state, folders.state / "quarantine", gone_after_s=0.04
+    )
+    orphans.start()
+    try:
+        for what in ("tidy the spool", "look for producers that are gone"):
+            told = f"cannot {what}: the spool is damaged"
+            wait_until(lambda told=told: told in caplog.text)  # type: ignore[misc]
+        connections.full = False
+        left_behind(folders)
+        wait_until(lambda: not folders.journals())
+    finally:
+        orphans.stop()
 
 
 def test_a_full_spool_leaves_the_rest_in_the_journal(

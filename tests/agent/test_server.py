@@ -21,9 +21,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.agent.samples import Connections, losses, metrics, producer
 from tests.fakes import DEADLINE_S, Folders, wait_until
 from trackagent.agent import server
+from trackagent.agent.access import Access
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import Spool
 from trackagent.client.segment import MAX_LANES
+from trackagent.client.sender import PRODUCER_KEY
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
 Push = agent_pb2.PushRequest
@@ -92,12 +95,16 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(folders: Folders, open_spool: Callable[..., Spool]) -> Iterator[Serve]:
-    """serve(spool options): the service on this test's socket."""
+    """serve(access, spool options): the service on this test's socket."""
     folders.directory.mkdir(mode=0o700)
     ends: list[Callable[[], None]] = []
 
     def started(
-        *, max_streams: int = 1024, uncommitted_bytes: int = 1 << 26, **options: Any
+        *,
+        max_streams: int = 1024,
+        uncommitted_bytes: int = 1 << 26,
+        access: Access | None = None,
+        **options: Any,
     ) -> Served:
         served = Served(
             open_spool(**options),
@@ -117,7 +124,7 @@ def serve(folders: Folders, open_spool: Callable[..., Spool]) -> Iterator[Serve]
             response.pid = 4712
 
         async def run() -> None:
-            servicer = server.Servicer(served.spool, served.config, "1.2.3", describe)
+            servicer = server.Servicer(served.spool, served.config, "1.2.3", describe, access)
             running = await server.start(
                 servicer, f"unix:{served.config.socket_path}", MAX_BATCH_BYTES
             )
@@ -438,7 +445,7 @@ def test_what_awaits_its_commit_is_bounded(
     lock = threading.Lock()
     held, most = 0, 0
 
-    def counted(*arguments: Any) -> Future[int]:
+    def counted(*arguments: Any, **keywords: Any) -> Future[int]:
         nonlocal held, most
         size = len(arguments[3])
         with lock:
@@ -450,7 +457,7 @@ def test_what_awaits_its_commit_is_bounded(
             with lock:
                 held -= size
 
-        commit = append(*arguments)
+        commit = append(*arguments, **keywords)
         commit.add_done_callback(committed)
         return commit
 
@@ -499,6 +506,20 @@ def test_open_run_says_that_the_spool_cannot_commit(
     assert refusal(lambda: faulty.open(1)) == (
         grpc.StatusCode.INTERNAL,
         "the spool cannot commit: disk I/O error",
+    )
+
+
+def test_a_damaged_spool_that_cannot_be_replaced_is_named(
+    faulty: Served, connections: Connections
+) -> None:
+    connections.last.failing = "COMMIT"
+    connections.last.error = sqlite3.DatabaseError("database disk image is malformed")
+    connections.full = True
+    refusal(lambda: faulty.push(push()))
+    assert refusal(lambda: faulty.push(push())) == (
+        grpc.StatusCode.INTERNAL,
+        "the spool cannot commit: the spool is damaged (database disk image is malformed) and cannot be "
+        "replaced: No space left on device",
     )
 
 
@@ -648,11 +669,46 @@ def test_headers_that_are_too_long_are_refused_and_hold_nobody_up(served: Served
     assert served.stub.Status(request, timeout=DEADLINE_S).pid == 4712
 
 
+class Unsure(Access):
+    """Cannot tell whose a producer is: its database fails."""
+
+    def __init__(self, problem: Exception) -> None:
+        object.__setattr__(self, "problem", problem)
+
+    def guest(self, peer: str) -> int | None:
+        return None
+
+    async def check(self, peer: str, producer_id: bytes) -> None:
+        raise self.problem  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["a named stream", "a stream"])
+@pytest.mark.parametrize(
+    ("problem", "answer"),
+    [
+        (NotYours("whose?"), (grpc.StatusCode.PERMISSION_DENIED, "whose?")),
+        (
+            sqlite3.OperationalError("disk I/O error"),
+            (grpc.StatusCode.UNAVAILABLE, "cannot tell whose run it is: try again"),
+        ),
+        (RuntimeError("?"), (grpc.StatusCode.INTERNAL, "the agent failed: see its log")),
+    ],
+    ids=["another user's", "not to be told", "unexpected"],
+)
+def test_a_stream_whose_batch_is_not_taken_does_not_end_well(
+    serve: Serve, problem: Exception, answer: tuple[grpc.StatusCode, str], *, named: bool
+) -> None:
+    served = serve(access=Unsure(problem))
+    metadata = [(PRODUCER_KEY, ID)] if named else []
+    calls = served.stub.Push(iter([push()]), metadata=metadata, timeout=DEADLINE_S)
+    assert refusal(lambda: list(calls)) == answer
+
+
 @pytest.mark.parametrize("call", ["Status", "Push"])
 def test_what_goes_wrong_unexpectedly_is_for_the_log_alone(
     served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    def failing(*_: object) -> Future[int]:
+    def failing(*_: object, **__: object) -> Future[int]:
         future: Future[int] = Future()
         future.set_exception(RuntimeError("/home/alice/secret"))
         return future

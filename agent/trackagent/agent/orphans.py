@@ -111,8 +111,6 @@ class Orphans(threading.Thread):
         # What stands in the way of a journal, by its name: told once.
         self._problems: dict[str, str] = {}
         self._reading = 0
-        # Folders of journals that were just being made at the last tidying.
-        self._being_made: set[Path] = set()
 
     @property
     def reading(self) -> int:
@@ -123,24 +121,17 @@ class Orphans(threading.Thread):
         tidied = -math.inf
         while not self._stopping.wait(SCAN_INTERVAL_S):
             self.look()
-            if time.monotonic() - tidied > TIDY_INTERVAL_S:
-                tidied = time.monotonic()
+            now = self._clock()
+            if now - tidied > TIDY_INTERVAL_S:
+                tidied = now
                 self._tidy()
 
     def _tidy(self) -> None:
-        """Lets the spool forget who ended long ago, but no one whose journal might come again. Deletes what
-        processes left that were killed while they made their folder."""
+        """Lets the spool forget who ended long ago, but no one whose journal might come again."""
         try:
-            found = (path for base in self._bases for path in base.glob(".*"))
-            being_made = {path for path in found if _is_our_folder(path)}
-            for path in being_made & self._being_made:
-                with _locked(path) as free:
-                    if free:
-                        shutil.rmtree(path)
-            self._being_made = being_made
             kept = [bytes.fromhex(name) for base in self._bases for name in _folders(base)]
             self._spool.forget_ended(kept).result()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, AgentError, sqlite3.Error) as error:
             logger.warning("cannot tidy the spool: %s; trying again", error)
 
     def stop(self) -> None:
@@ -182,10 +173,7 @@ class Orphans(threading.Thread):
             return
         self._gone_due = now + min(GONE_INTERVAL_S, self._gone_after_s / 4)
         try:
-            not_ended = self._spool.statistics().result()["producers"]
-            infos: dict[bytes, ProducerInfo] = {
-                one["info"].producer_id: one["info"] for one in not_ended
-            }
+            infos = {info.producer_id: info for info in self._spool.not_ended().result()}
             self._gone = {
                 id_: self._gone.get(id_, now)
                 for id_ in infos
@@ -323,8 +311,7 @@ class Orphans(threading.Thread):
 
     def _known(self, name: str) -> ProducerInfo | None:
         """The producer of a journal of which nothing can be read, where the spool knows it."""
-        producers = self._spool.statistics().result()["producers"]
-        infos: list[ProducerInfo] = [producer["info"] for producer in producers]
+        infos = self._spool.not_ended().result()
         return next((info for info in infos if info.producer_id.hex() == name), None)
 
     def _learn_schemas(self, info: ProducerInfo, segments: list[_Found]) -> None:
@@ -383,7 +370,6 @@ class Orphans(threading.Thread):
                     found.lane,
                     found.base + first - HEADER_BYTES,
                     bytes(data),
-                    waits=True,
                 ).result()
 
     def _segments(self, folders: list[Path], problems: list[str] | None = None) -> Iterator[_Found]:

@@ -9,6 +9,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -20,7 +21,7 @@ from trackagent.agent.access import Access
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.messages import Readable
 from trackagent.agent.owners import NotYours
-from trackagent.agent.spool import OutOfOrder, Spool, SpoolFull, UnknownProducer
+from trackagent.agent.spool import OutOfOrder, Spool, SpoolError, SpoolFull, UnknownProducer
 from trackagent.agent.store.contract import ProducerInfo, StoreError
 from trackagent.client.segment import MAX_LANES, MAX_OFFSET
 from trackagent.client.sender import PRODUCER_KEY
@@ -47,16 +48,20 @@ MAX_CALLS = 128
 MAX_METADATA_BYTES = 16 * 1024
 
 
-class _Denied(str):
-    """What is wrong with a batch: it is another user's."""
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """Why a call ends, as its caller is told."""
+
+    code: grpc.StatusCode
+    message: str
 
 
 class _Commits:
-    """What one stream has brought and not yet been told of, in order: a lane and its commit, or what is wrong
-    with a batch; None at the end."""
+    """What one stream has brought and not yet been told of, in order: a lane and its commit, or why a batch
+    is refused; None at the end."""
 
     def __init__(self) -> None:
-        self.queue: asyncio.Queue[tuple[int, Future[int]] | str | None] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, Future[int]] | _Refused | None] = asyncio.Queue()
         self.slots = asyncio.Semaphore(MAX_UNCOMMITTED)
         self.producer_ids: set[bytes] = set()
 
@@ -142,13 +147,12 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             await self._greet(context, commits.producer_ids)
             while (item := await commits.queue.get()) is not None:
                 commits.slots.release()
-                if isinstance(item, _Denied):
-                    await _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(item))
-                if isinstance(item, str):
-                    await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, item)
+                if isinstance(item, _Refused):
+                    await _abort(context, item.code, item.message)
                 lane, commit = item
                 offset = await _result(commit, context)
                 yield agent_pb2.PushResponse(lane=lane, offset=offset)
+            await reader  # if it failed, the stream must not end as if all had been taken
         finally:
             self._streams -= 1
             self._users_streams[user] -= 1
@@ -162,12 +166,16 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         """Whose stream it is, as its first words say: its rank may have nothing to send for long."""
         for key, producer_id in context.invocation_metadata() or ():
             if key == PRODUCER_KEY and isinstance(producer_id, bytes):
-                if self._access is not None:
-                    try:
-                        await self._access.check(context.peer(), producer_id)
-                    except NotYours:
-                        continue
+                # Who may not, or cannot be told yet, is refused when they send something.
+                if await self._refusal(context.peer(), producer_id) is not None:
+                    continue
                 self._note_connected(producer_id, producer_ids)
+
+    async def _refusal(self, peer: str, producer_id: bytes) -> _Refused | None:
+        """Why the caller may not speak for a producer, None when they may."""
+        if self._access is None:
+            return None
+        return await _refusal(self._access.check(peer, producer_id))
 
     def _note_connected(self, producer_id: bytes, producer_ids: set[bytes]) -> None:
         # Remembered for as long as the stream lasts; of another length, the spool knows none.
@@ -189,22 +197,24 @@ class Servicer(agent_pb2_grpc.AgentServicer):
 
     async def _taken(
         self, request: agent_pb2.PushRequest, producer_ids: set[bytes], peer: str
-    ) -> tuple[int, Future[int]] | str:
-        """The lane of a batch and its commit, or what is wrong with it."""
+    ) -> tuple[int, Future[int]] | _Refused:
+        """The lane of a batch and its commit, or why it is refused."""
         size = len(request.journal_bytes)
         if not 0 < size <= self._config.max_batch_bytes or size % 8 or request.first_offset % 8:
-            return (
+            return _Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
                 f"a batch of {size} bytes at {request.first_offset}: expected whole records, "
-                f"at most {self._config.max_batch_bytes} bytes"
+                f"at most {self._config.max_batch_bytes} bytes",
             )
         if request.lane >= MAX_LANES or request.first_offset >= MAX_OFFSET:
-            return f"offset {request.first_offset} of lane {request.lane}"
+            return _Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"offset {request.first_offset} of lane {request.lane}",
+            )
         if request.producer_id not in producer_ids:
-            if self._access is not None:
-                try:
-                    await self._access.check(peer, request.producer_id)
-                except NotYours as error:
-                    return _Denied(error)
+            refused = await self._refusal(peer, request.producer_id)
+            if refused is not None:
+                return refused
             self._note_connected(request.producer_id, producer_ids)
         most = self._config.uncommitted_bytes
         while self._uncommitted_bytes and self._uncommitted_bytes + size > most:
@@ -212,7 +222,12 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             await self._room.wait()
         self._uncommitted_bytes += size
         commit = self._spool.append(
-            request.producer_id, request.lane, request.first_offset, request.journal_bytes
+            request.producer_id,
+            request.lane,
+            request.first_offset,
+            request.journal_bytes,
+            # Nobody waits for an acknowledgement: the journal holds the data as long.
+            patient=True,
         )
         loop = asyncio.get_running_loop()
         commit.add_done_callback(lambda _: loop.call_soon_threadsafe(self._give_room, size))
@@ -347,19 +362,26 @@ async def _result(job: Future[T], context: Context) -> T:
         await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
     except OutOfOrder as error:
         await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except sqlite3.Error as error:
+    except (SpoolError, sqlite3.Error) as error:
         await _abort(context, grpc.StatusCode.INTERNAL, f"the spool cannot commit: {error}")
 
 
 async def _permitted(question: Awaitable[None], context: Context) -> None:
     """Ends the call where the caller may not do this, or where it cannot be told."""
+    refused = await _refusal(question)
+    if refused is not None:
+        await _abort(context, refused.code, refused.message)
+
+
+async def _refusal(question: Awaitable[None]) -> _Refused | None:
     try:
         await question
     except NotYours as error:
-        await _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(error))
+        return _Refused(grpc.StatusCode.PERMISSION_DENIED, str(error))
     except (sqlite3.Error, StoreError) as error:
         logger.warning("cannot tell whose run it is: %s", error)
-        await _abort(context, grpc.StatusCode.UNAVAILABLE, "cannot tell whose run it is: try again")
+        return _Refused(grpc.StatusCode.UNAVAILABLE, "cannot tell whose run it is: try again")
+    return None
 
 
 async def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:

@@ -115,12 +115,7 @@ class Spool:
     ) -> None:
         self._max_bytes = max_bytes
         self._file = SpoolFile(path, connect)
-        self._writer = self._file.open()
-        self._tables = Tables(self._writer)
-        # What the ids of its batches begin with.
-        self.origin = self._tables.origin()
-        # Greater than the number of each batch that was there when the file was opened.
-        self._first_since = self._tables.next_number()
+        self._use(self._file.open())
         self._received_bytes = 0
         self._infos: dict[int, ProducerInfo] = {}
         self._schemas: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -131,18 +126,21 @@ class Spool:
             self._writer, linger_s=linger_s, is_damage=is_damage, mend=self._mend
         )
 
+    def _use(self, connection: sqlite3.Connection) -> None:
+        self._writer = connection
+        self._tables = Tables(connection)
+        # Greater than the number of each batch that was there when the file was opened.
+        self._first_since = self._tables.next_number()
+
     def _mend(self, error: Exception) -> sqlite3.Connection:
         """On the writing thread: a connection to what could be saved of the damaged file."""
         self._writer.close()
         try:
-            self._writer = self._file.replace(str(error))
+            self._use(self._file.replace(str(error)))
         except OSError as problem:
-            raise sqlite3.OperationalError(
+            raise SpoolError(
                 f"the spool is damaged ({error}) and cannot be replaced: {problem}"
             ) from problem
-        self._tables = Tables(self._writer)
-        self.origin = self._tables.origin()
-        self._first_since = self._tables.next_number()
         self._infos.clear()
         self._schemas.clear()
         self._schemas_bytes = 0
@@ -182,7 +180,8 @@ class Spool:
                 tables.add_schema(number, schema_id, keys)
             return tables.lanes(number), len(missing)
 
-        return self._spooling(job, size=0, undo=self._infos.clear, patient=False)
+        # Rolled back, its number goes to another one; a job of the same commit may have looked it up.
+        return self._spooling(job, size=0, undo=self._infos.clear)
 
     def append(
         self,
@@ -191,10 +190,10 @@ class Spool:
         first_offset: int,
         journal_bytes: bytes,
         *,
-        waits: bool = False,
+        patient: bool = False,
     ) -> Future[int]:
         """Commits whole records of a lane; the result is the offset up to which the lane is then committed.
-        waits: somebody does nothing else meanwhile, so that it does not linger.
+        patient: it may wait for others to share its commit.
 
         Fails with SpoolFull, UnknownProducer or OutOfOrder.
         """
@@ -202,7 +201,7 @@ class Spool:
         return self._spooling(
             lambda: self._append(producer_id, lane, first_offset, journal_bytes, schemas),
             size=len(journal_bytes),
-            patient=not waits,
+            patient=patient,
         )
 
     def append_own(self, producer_id: bytes, encoded: bytes) -> Future[int]:
@@ -211,7 +210,6 @@ class Spool:
         return self._spooling(
             lambda: self._append(producer_id, AGENT_LANE, None, encoded, schemas),
             size=len(encoded),
-            patient=False,
         )
 
     def end_producer(self, producer_id: bytes, last_word: bytes = b"") -> Future[None]:
@@ -224,7 +222,7 @@ class Spool:
                 return None, 0
             return None, self._append(producer_id, AGENT_LANE, None, last_word, [])[1]
 
-        return self._spooling(job, size=len(last_word), patient=False)
+        return self._spooling(job, size=len(last_word))
 
     def _spooling(
         self,
@@ -232,7 +230,7 @@ class Spool:
         *,
         size: int,
         undo: Callable[[], None] = lambda: None,
-        patient: bool = True,
+        patient: bool = False,
     ) -> Future[T]:
         """Submits a job that also returns how many bytes it has added to the batches."""
         added = 0
@@ -247,7 +245,6 @@ class Spool:
                 self._received_bytes += added
                 self.wake()
 
-        # Nobody waits for an acknowledgement: the journal holds the data as long.
         future = self._commits.submit(work, undo=undo, size=size, patient=patient)
         future.add_done_callback(committed)
         return future
@@ -304,10 +301,10 @@ class Spool:
             if last < self._first_since:
                 tables.move_cursor(name, last, rejected=False)
             else:
-                self.origin = uuid4().hex
+                fresh = uuid4().hex
                 cursor = max(sink.cursor, self._first_since - 1)
-                tables.name(self.origin, last + 1, tables.lost(), cursor)
-                tables.put_sink(name, SinkState(self.origin, cursor, None, sink.rejected))
+                tables.name(fresh, last + 1, tables.lost(), cursor)
+                tables.put_sink(name, SinkState(fresh, cursor, None, sink.rejected))
                 logger.warning(
                     "the spool is an older copy of itself: sink %s has batch %d, the last one here was %d; "
                     "what ranks had delivered in between is named in their runs",
@@ -419,6 +416,14 @@ class Spool:
                     self._schemas_bytes = 0
                 self._schemas[producer_number, schema_id] = known
         return known
+
+    def not_ended(self) -> Future[list[ProducerInfo]]:
+        """The producers that have not ended."""
+
+        def job() -> list[ProducerInfo]:
+            return [self._info(number) for number, _ in self._tables.not_ended()]
+
+        return self._commits.submit(job)
 
     # --- for people
 

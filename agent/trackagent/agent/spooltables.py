@@ -283,13 +283,12 @@ class Tables:
 
     # --- batches
 
-    def append(self, producer: int, lane: int, data: bytes) -> int:
-        """A batch with what comes next in a lane; its number."""
+    def append(self, producer: int, lane: int, data: bytes) -> None:
+        """A batch with what comes next in a lane."""
         committed, previous = self.lane(producer, lane)
         number = self.next_number()
         self.put_batch((number, producer, lane, committed, len(data), previous), data)
         self.set_lane(producer, lane, committed + len(data), number)
-        return number
 
     def put_batch(self, head: tuple[int, int, int, int, int, int], data: bytes) -> None:
         """A batch behind all others. head: number, producer, lane, first_offset, size, previous."""
