@@ -12,6 +12,7 @@ from tests.agent.samples import Connections, producer
 from tests.agent.sinks import FakeSink
 from tests.fakes import Folders
 from trackagent.agent.deadletters import DeadLetters
+from trackagent.agent.orphans import Orphans
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.spool import Spool
 
@@ -52,6 +53,13 @@ def opened(spool: Spool) -> Spool:
 def connections() -> Connections:
     """What opens connections that can be made to fail."""
     return Connections()
+
+
+@pytest.fixture
+def orphans(spool: Spool, folders: Folders) -> Orphans:
+    """Of this test's spool, with a sink. Not running: the tests let it look."""
+    spool.add_sink("store").result()
+    return Orphans(spool, folders.directory, folders.state, folders.state / "quarantine")
 
 
 @pytest.fixture

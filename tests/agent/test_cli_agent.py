@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.fakes import wait_until
 from trackagent.agent.cli import NothingThere, main
 from trackagent.agent.cli.asking import ask_status, lock_holder
 from trackagent.agent.config import AgentConfig
@@ -45,13 +45,6 @@ def invoke(config: AgentConfig, *arguments: str) -> Result:
     return CliRunner().invoke(main, program(config, *arguments)[3:])
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.02)
-
-
 def answers(config: AgentConfig) -> bool:
     try:
         ask_status(config)
@@ -69,7 +62,7 @@ def agent_pid(config: AgentConfig) -> int:
 def started(config: AgentConfig) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(program(config, "start"), stderr=subprocess.PIPE, text=True) as agent:
         try:
-            until(lambda: answers(config))
+            wait_until(lambda: answers(config))
             yield agent
         finally:
             agent.kill()
@@ -297,10 +290,10 @@ def test_an_agent_that_dies_is_replaced(config: AgentConfig) -> None:
     with subprocess.Popen(
         program(config, "run", "--", "sleep", "60"), stderr=subprocess.PIPE, text=True
     ) as run:
-        until(lambda: answers(config))
+        wait_until(lambda: answers(config))
         first = agent_pid(config)
         os.kill(first, signal.SIGKILL)
-        until(lambda: agent_pid(config) not in (0, first))
+        wait_until(lambda: agent_pid(config) not in (0, first))
         run.terminate()
         assert run.wait(TIMEOUT_S) == 128 + signal.SIGTERM
     assert lock_holder(config) is None

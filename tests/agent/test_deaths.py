@@ -143,12 +143,6 @@ def test_a_time_that_no_calendar_has_does_not_hold_up_the_event() -> None:
 # --- as orphans tell it
 
 
-@pytest.fixture
-def orphans(spool: Spool, folders: Folders) -> Orphans:
-    spool.add_sink("store").result()
-    return Orphans(spool, folders.directory, folders.state, folders.state / "quarantine")
-
-
 def deaths(spool: Spool) -> list[EventData]:
     """The events that say of a rank that it died."""
     delivery = spool.next_delivery("store", 1 << 40).result()

@@ -180,13 +180,3 @@ def test_a_logarithmic_drawing_counts_what_is_not_positive() -> None:
     assert lines(curve([1, 10, 0, -1]), log=True, width=80)[-1].strip() == (
         "! 2 values are NaN, infinite or not positive (steps 2 to 3)"
     )
-
-
-def test_many_long_curves_are_drawn_without_delay() -> None:
-    import time
-
-    rng = np.random.default_rng(0)
-    curves = [curve(rng.normal(size=100_000), rank=rank) for rank in range(16)]
-    begin = time.perf_counter()
-    draw("loss", curves)
-    assert time.perf_counter() - begin < 2.0

@@ -44,13 +44,6 @@ class Left(NamedTuple):
 
 
 @pytest.fixture
-def orphans(spool: Spool, folders: Folders) -> Orphans:
-    """Not running: the tests let it look."""
-    spool.add_sink("store").result()
-    return Orphans(spool, folders.directory, folders.state, folders.state / "quarantine")
-
-
-@pytest.fixture
 def left(folders: Folders) -> Left:
     """STEPS in one lane of three segments."""
     target = journal(folders, segment_bytes=SEGMENT_BYTES)

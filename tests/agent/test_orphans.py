@@ -37,13 +37,6 @@ MANY = range(2000)  # fill more than one segment
 KILLED = ("killed", "the process ended without finish()", -1)
 
 
-@pytest.fixture
-def orphans(spool: Spool, folders: Folders) -> Orphans:
-    """Not running: the tests let it look."""
-    spool.add_sink("store").result()
-    return Orphans(spool, folders.directory, folders.state, folders.state / "quarantine")
-
-
 def spooled(spool: Spool) -> Batch:
     """All that waits in the spool, decoded."""
     delivery = spool.next_delivery("store", 1 << 40).result()

@@ -404,11 +404,6 @@ def test_a_stream_that_has_ended_makes_room_for_another(serve: Serve, how: str) 
 
 
 @pytest.fixture
-def connections() -> Connections:
-    return Connections()
-
-
-@pytest.fixture
 def faulty(serve: Serve, connections: Connections) -> Served:
     """A service over a spool whose statements can fail or be held back, with rank 0 opened."""
     found = serve(connect=connections)
