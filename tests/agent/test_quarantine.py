@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fakes import AgentProcess, Folders, wait_until
-from trackagent.agent.quarantine import Held, Quarantine, set_aside
+from trackagent.agent import quarantine
+from trackagent.agent.quarantine import Held, Quarantine, set_aside, set_aside_database
 
 MIB = 1024 * 1024
 
@@ -90,6 +92,39 @@ def test_what_was_deleted_is_counted_over_restarts(place: Path) -> None:
         put(place, f"{number}.seg")
         Quarantine([place], max_bytes=MIB).trim()
     assert Quarantine([place], max_bytes=MIB).held().deleted == 2
+
+
+def test_a_database_goes_with_its_log(place: Path) -> None:
+    path = place.parent / "spool.db"
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").write_text(f"content{suffix}")
+    set_aside_database(path, place, "it is damaged")
+    (name,) = [name for name in names(place) if name.endswith(".db")]
+    assert [(place / f"{name}{suffix}").read_text() for suffix in ("", "-wal", "-shm")] == [
+        "content",
+        "content-wal",
+        "content-shm",
+    ]
+    assert list(place.parent.glob("spool.db*")) == []
+
+
+def test_a_databases_log_is_never_left_alone_in_its_place(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the agent dies between the two: a new file would be made of the damaged one's log."""
+    path = place.parent / "spool.db"
+    path.write_text("content")
+    Path(f"{path}-wal").write_text("log")
+    left: list[list[str]] = []
+    real = quarantine.set_aside
+
+    def looks(*arguments: Any) -> Path:
+        left.append(sorted(one.name for one in place.parent.glob("spool.db*")))
+        return real(*arguments)
+
+    monkeypatch.setattr(quarantine, "set_aside", looks)
+    set_aside_database(path, place, "it is damaged")
+    assert left == [["spool.db"]]
 
 
 @pytest.mark.parametrize("count", ["", "{", "[]", '{"items": "many"}'])

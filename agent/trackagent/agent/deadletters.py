@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from trackagent.agent.errors import AgentError
+from trackagent.agent.producers import from_fields, to_fields
+from trackagent.agent.quarantine import sync
 from trackagent.agent.spool import Delivery, SpooledBatch
 from trackagent.agent.store.contract import BatchId, ProducerInfo
 from trackagent.client import record
@@ -94,20 +96,20 @@ class DeadLetters:
         DeadLettersFull, or OSError."""
         id_ = f"{origin[:12]}-{batch.number}"
         letter = DeadLetter(
-            id_,
-            self._sink,
-            reason,
-            time.time_ns(),
-            1,
-            origin,
-            batch.number,
-            batch.lane,
-            batch.first_offset,
-            len(batch.journal_bytes),
-            _records(batch.journal_bytes),
-            batch.producer,
-            schemas,
-            self._folder / id_,
+            id=id_,
+            sink=self._sink,
+            reason=reason,
+            time_ns=time.time_ns(),
+            times=1,
+            origin=origin,
+            number=batch.number,
+            lane=batch.lane,
+            first_offset=batch.first_offset,
+            size=len(batch.journal_bytes),
+            records=_records(batch.journal_bytes),
+            producer=batch.producer,
+            schemas=schemas,
+            folder=self._folder / id_,
         )
         if letter.folder.exists():
             return letter
@@ -126,7 +128,7 @@ class DeadLetters:
         _write(partial / _RECORDS, batch.journal_bytes)
         _write(partial / _ABOUT, _about(letter))
         partial.rename(letter.folder)
-        _sync(self._folder)
+        sync(self._folder)
         self._bytes = self._held() + size
         return letter
 
@@ -225,10 +227,9 @@ def _mark(folder: Path) -> Path:
 def _read(folder: Path) -> DeadLetter:
     try:
         about = json.loads((folder / _ABOUT).read_text())
-        producer = about.pop("producer")
+        producer = from_fields(about.pop("producer"))
         schemas = {int(number): tuple(keys) for number, keys in about.pop("schemas").items()}
-        info = ProducerInfo(**{**producer, "producer_id": bytes.fromhex(producer["producer_id"])})
-        return DeadLetter(**about, producer=info, schemas=schemas, folder=folder)
+        return DeadLetter(**about, producer=producer, schemas=schemas, folder=folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AgentError(f"the dead letter {folder} cannot be read: {error!r}") from None
 
@@ -236,7 +237,7 @@ def _read(folder: Path) -> DeadLetter:
 def _about(letter: DeadLetter) -> bytes:
     about: dict[str, Any] = asdict(letter)
     del about["folder"]
-    about["producer"]["producer_id"] = letter.producer.producer_id.hex()
+    about["producer"] = to_fields(letter.producer)
     return json.dumps(about, indent=2).encode()
 
 
@@ -253,11 +254,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,17 +7,14 @@ without a group, or the file was lost. So a loss may refuse a run's owner, and n
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trackagent.agent.errors import AgentError
-from trackagent.agent.quarantine import set_aside
+from trackagent.agent.quarantine import set_aside_database
 
 _KEPT = 100_000
 _SCHEMA = """
@@ -49,11 +46,7 @@ class Owners:
             # Its subclasses say other things than damage: a full disk, a failing one.
             if type(error) is not sqlite3.DatabaseError:
                 raise
-            name = f"{time.time_ns()}-{path.name}"
-            set_aside(path, quarantine, name, str(error))
-            for end in ("-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.move(f"{path}{end}", quarantine / f"{name}{end}")
+            set_aside_database(path, quarantine, str(error))
             self._database = self._opened()
 
     def claim(self, run_id: str, producer_id: bytes, uid: int) -> None:

@@ -1,4 +1,4 @@
-"""Who may log: a producer's identity as it comes from outside, checked before it is believed."""
+"""Who may log: a producer's identity as it comes from outside, checked before it is believed, and as kept."""
 
 from __future__ import annotations
 
@@ -64,3 +64,13 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
     except ValueRefused as error:
         raise BadIdentity(str(error)) from None
     return info
+
+
+def to_fields(info: ProducerInfo) -> dict[str, Any]:
+    """As JSON can hold it."""
+    return {**dataclasses.asdict(info), "producer_id": info.producer_id.hex()}
+
+
+def from_fields(fields: Mapping[str, Any]) -> ProducerInfo:
+    """What `to_fields` was given. KeyError, TypeError or ValueError for anything else."""
+    return ProducerInfo(**{**fields, "producer_id": bytes.fromhex(fields["producer_id"])})

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import stat
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,28 @@ def set_aside(path: Path, quarantine: Path, name: str, reason: str) -> Path:
     target.with_suffix(".reason").write_text(f"{reason}\n")
     logger.error("%s is unreadable (%s): set aside as %s", path, reason, target)
     return target
+
+
+def set_aside_database(path: Path, quarantine: Path, reason: str) -> None:
+    """Moves the SQLite file at `path`, which nobody has open and which may be missing, with its log. OSError
+    when that cannot be done."""
+    quarantine.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = f"{time.time_ns()}-{path.name}"
+    for suffix in ("-wal", "-shm"):
+        # First: replayed into a new file in its place it would damage that.
+        with contextlib.suppress(FileNotFoundError):
+            shutil.move(f"{path}{suffix}", quarantine / f"{name}{suffix}")
+    with contextlib.suppress(FileNotFoundError):
+        set_aside(path, quarantine, name, reason)
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from uuid import uuid4
 from trackagent.agent.errors import AgentError
 from trackagent.agent.pagelog import PAGE_BYTES
 from trackagent.agent.pages import Pages
-from trackagent.agent.quarantine import set_aside
+from trackagent.agent.quarantine import set_aside_database, sync
 from trackagent.agent.salvage import Hole, Salvaged, batch_bytes, salvaged
 from trackagent.agent.spooltables import (
     AGENT_LANE,
@@ -167,20 +166,13 @@ class SpoolFile:
                     hole.producer, AGENT_LANE, missing_bytes(hole.lane, hole.start, hole.end, why)
                 )
             connection.execute("COMMIT")
-        _sync(self._begun)
+        sync(self._begun)
 
     def _finish_replacing(self, reason: str) -> None:
         """Puts the new file in the place of the damaged one, which is set aside with its log."""
-        name = f"{time.time_ns()}-{self._path.name}"
-        self._quarantine.mkdir(mode=0o700, exist_ok=True)
-        for suffix in ("-wal", "-shm"):
-            # First: replayed into the new one it would damage that.
-            with contextlib.suppress(FileNotFoundError):
-                shutil.move(f"{self._path}{suffix}", self._quarantine / f"{name}{suffix}")
-        with contextlib.suppress(FileNotFoundError):
-            set_aside(self._path, self._quarantine, name, reason)
+        set_aside_database(self._path, self._quarantine, reason)
         os.replace(self._ready, self._path)
-        _sync(self._path.parent)
+        sync(self._path.parent)
 
 
 def _named(origin: str) -> str:
@@ -262,11 +254,3 @@ def _described_range(lane: int, start: int | None, end: int) -> str:
     if start is None:
         return f"bytes of lane {lane} before offset {end}"
     return f"{end - start} bytes of lane {lane} before offset {end}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,10 +21,11 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
+from trackagent.agent.producers import from_fields, to_fields
 from trackagent.agent.store.contract import ProducerInfo
 
 VERSION = 2
@@ -121,15 +122,6 @@ def names_of(table: str) -> list[str]:
     return [column.split()[0] for column in COLUMNS[table].split(", ")]
 
 
-def info_to_json(info: ProducerInfo) -> str:
-    return json.dumps({**asdict(info), "producer_id": info.producer_id.hex()})
-
-
-def info_from_json(text: str) -> ProducerInfo:
-    data = json.loads(text)
-    return ProducerInfo(**{**data, "producer_id": bytes.fromhex(data["producer_id"])})
-
-
 def check_batch(row: tuple[Any, ...]) -> None:
     """SpoolDamaged unless a row of `batches` is as it was written."""
     *fields, crc, data = row
@@ -179,7 +171,7 @@ class Tables:
         row = self._execute("SELECT info FROM producers WHERE number = ?", (number,)).fetchone()
         if row is None:
             raise SpoolDamaged(f"producer {number} is not there")
-        return info_from_json(row[0])
+        return from_fields(json.loads(row[0]))
 
     def add_producer(self, info: ProducerInfo) -> int:
         """The number that it gets. Batches of a producer that was lost with a damaged page may still be
@@ -188,7 +180,7 @@ class Tables:
             "SELECT MAX((SELECT COALESCE(MAX(number), 0) FROM producers),"
             " (SELECT COALESCE(MAX(producer), 0) FROM lanes))"
         ).fetchone()
-        self.put_producer(int(last) + 1, info.producer_id, info_to_json(info), None)
+        self.put_producer(int(last) + 1, info.producer_id, json.dumps(to_fields(info)), None)
         return int(last) + 1
 
     def put_producer(
@@ -211,7 +203,9 @@ class Tables:
 
     def infos(self) -> list[ProducerInfo]:
         """Of all producers that are remembered, those that have ended too."""
-        return [info_from_json(row[0]) for row in self._execute("SELECT info FROM producers")]
+        return [
+            from_fields(json.loads(row[0])) for row in self._execute("SELECT info FROM producers")
+        ]
 
     def not_ended(self) -> list[tuple[int, int]]:
         """(number, bytes committed of its own lanes) of each producer that has not ended."""

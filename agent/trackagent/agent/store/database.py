@@ -10,14 +10,13 @@ import contextlib
 import logging
 import os
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 from trackagent.agent.pages import Pages
-from trackagent.agent.quarantine import set_aside
+from trackagent.agent.quarantine import set_aside_database, sync
 from trackagent.agent.store import schema
 from trackagent.agent.store.contract import StoreError
 from trackagent.agent.store.salvage import salvage
@@ -94,7 +93,7 @@ def open_for_writing(
         try:
             return _opened(path, opener, thorough=False)
         except _Damaged as error:  # what was read of it makes no store
-            _set_aside(path, str(error))
+            set_aside_database(path, path.parent / "quarantine", str(error))
             return _opened(path, opener, thorough=False)
 
 
@@ -140,7 +139,7 @@ def _make_folder(folder: Path) -> None:
         return
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # SQLite syncs the folder for its files; that the folder itself stays is for us to see to.
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _opened(path: Path, opener: Opener, *, thorough: bool) -> sqlite3.Connection:
@@ -249,11 +248,11 @@ def _replace(path: Path, reason: str) -> None:
         reason = f"{reason}; nothing could be read: {error!r}"
         begun.unlink(missing_ok=True)
     if begun.exists():
-        _sync(begun)
+        sync(begun)
         begun.rename(_salvaged(path))
         _finish_replacing(path, reason)
     else:
-        _set_aside(path, reason)
+        set_aside_database(path, path.parent / "quarantine", reason)
 
 
 def _fill(path: Path, begun: Path, reason: str) -> None:
@@ -281,22 +280,14 @@ def _finish_replacing(path: Path, reason: str) -> None:
     """Puts a new file that is whole in the place of the damaged one."""
     ready = _salvaged(path)
     if ready.exists():
-        _set_aside(path, reason)
+        set_aside_database(path, path.parent / "quarantine", reason)
         ready.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def _salvaged(path: Path) -> Path:
     """The new file, whole, that is to take the place of the damaged one."""
     return path.with_name(f"{path.name}.salvaged")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _uri(path: Path, mode: str) -> str:
@@ -320,18 +311,6 @@ def _writable(folder: Path) -> bool:
 def _has_log(path: Path) -> bool:
     log = path.with_name(path.name + "-wal")
     return log.exists() and log.stat().st_size > 0
-
-
-def _set_aside(path: Path, reason: str) -> None:
-    quarantine = path.parent / "quarantine"
-    name = f"{time.time_ns()}-{path.name}"
-    quarantine.mkdir(mode=0o700, exist_ok=True)
-    # The log belongs to the file and goes with it; replayed into a new one it would damage that too.
-    for suffix in ("-wal", "-shm"):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + suffix).rename(quarantine / (name + suffix))
-    with contextlib.suppress(FileNotFoundError):
-        set_aside(path, quarantine, name, reason)
 
 
 def _next_step(error: Exception) -> str:
