@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import time_ns
 
@@ -93,7 +92,8 @@ class Refusals:
     @property
     def unwritten(self) -> bool:
         """Whether `write` has anything to say."""
-        return bool(self._noted) or any(True for _ in self._words())
+        grown = any(gap.records != gap.written for gap in list(self._gaps))
+        return bool(self._noted) or self._lost != self._lost_written or grown
 
     def write(self, journal: Journal, lane: Lane, *, last: bool = False) -> None:
         """Writes the counts and gaps that are not in the journal yet.
@@ -104,24 +104,13 @@ class Refusals:
         """
         self.count()
         due = last or sum(self._lost.values()) >= 2 * sum(self._lost_written.values())
-        for encoded, written in list(self._words()):
-            journal.write(lane, encoded, last_words=due)
-            written()
-
-    def _words(self) -> Iterator[tuple[bytes, Callable[[], None]]]:
-        """Records to be written, and what to call when one is."""
         lost = dict(self._lost)
         if lost != self._lost_written:
-
-            def counts_written() -> None:
-                self._lost_written = lost
-
             loss = record.encode_json(Kind.LOSS, lost, step=record.NO_STEP, time_ns=time_ns())
-            yield loss, counts_written
+            journal.write(lane, loss, last_words=due)
+            self._lost_written = lost
         for gap in list(self._gaps):
-            if gap.records != gap.written:
-
-                def gap_written(gap: _Gap = gap, records: int = gap.records) -> None:
-                    gap.written = records
-
-                yield gap.encode(), gap_written
+            records = gap.records  # before it is encoded: it may grow meanwhile
+            if records != gap.written:
+                journal.write(lane, gap.encode(), last_words=due)
+                gap.written = records
