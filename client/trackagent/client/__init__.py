@@ -233,9 +233,9 @@ def track(experiment: str, **init_options: Any) -> Callable[[Callable[P, R]], Ca
                     numbers.update({k: v for k, v in result.items() if hasattr(v, "__float__")})
                 run.log(numbers)
             except BaseException as error:
-                from trackagent.client.run import ending
+                from trackagent.client.exits import ending_of
 
-                run.finish(*ending(error))
+                run.finish(*ending_of(error))
                 raise
             run.finish()
             return result

@@ -47,6 +47,16 @@ def ending() -> tuple[Ending, str]:
     return _said or NORMAL, ""
 
 
+def ending_of(error: BaseException | None) -> Ending:
+    """How a run ends that this exception, or none, ends."""
+    import traceback  # only when something ends
+
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return NORMAL
+    line = "".join(traceback.format_exception_only(type(error), error)).strip().replace("\n", " ")
+    return "killed" if isinstance(error, KeyboardInterrupt) else "failed", line
+
+
 def install(finish: Callable[[Ending, str], object]) -> bool:
     """Has `finish` called with `ending()` when the interpreter ends; False when it was before."""
     global _installed, _main
@@ -78,8 +88,9 @@ def _leave(finish: Callable[[Ending, str], object]) -> None:
     how, warning = ending()
     finish(how, warning)
     if how[0] == "killed":
-        # The interpreter ends with SIGINT's status where the last code that it was given as text, such as a
-        # named tuple's in an import of ours, was left by KeyboardInterrupt.
+        # CPython ends with SIGINT's status when the script was left by KeyboardInterrupt, which it notes in
+        # one flag. Any later exec() of source text overwrites it (namedtuple() does one, and so may what is
+        # imported to finish a run): set it again.
         with contextlib.suppress(KeyboardInterrupt):
             exec("raise KeyboardInterrupt")
 
@@ -94,16 +105,12 @@ def _install_in_worker(finish: Callable[[Ending, str], object]) -> None:
     _worker = os.getpid()
     from multiprocessing.util import Finalize
 
-    from trackagent.client.run import ending
-
-    Finalize(None, lambda: finish(ending(sys.exc_info()[1]), ""), exitpriority=0)
+    Finalize(None, lambda: finish(ending_of(sys.exc_info()[1]), ""), exitpriority=0)
 
 
 def _remember(error: BaseException) -> None:
-    from trackagent.client.run import ending
-
     global _said
-    _said = ending(error)
+    _said = ending_of(error)
 
 
 def _main_frame() -> FrameType | None:

@@ -26,6 +26,7 @@ from trackagent.client.errors import (
     TrackagentError,
     ValueRefused,
 )
+from trackagent.client.exits import ending_of
 from trackagent.client.instrument import Timer
 from trackagent.client.journal import Journal, Lane
 from trackagent.client.record import Kind
@@ -321,7 +322,7 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.finish(*ending(error))
+        self.finish(*ending_of(error))
 
     # --- off the fast path
 
@@ -568,13 +569,3 @@ def _no_lane() -> Lane:
 
 def _encode(kind: Kind, data: Mapping[str, Any], step: int = record.NO_STEP) -> bytes:
     return record.encode_json(kind, data, step=step, time_ns=time_ns())
-
-
-def ending(error: BaseException | None) -> tuple[str, str]:
-    """Status and error of a run that this exception, or none, ends."""
-    import traceback  # only when something ends
-
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "finished", ""
-    line = "".join(traceback.format_exception_only(type(error), error)).strip().replace("\n", " ")
-    return "killed" if isinstance(error, KeyboardInterrupt) else "failed", line
