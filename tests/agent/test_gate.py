@@ -168,6 +168,33 @@ def test_without_a_service_a_connection_is_closed(place: Place) -> None:
     place.run(work)
 
 
+def test_that_no_connection_can_be_taken_is_told_once(
+    place: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trackagent.agent.gate.RETRY_S", 0.001)
+    problems = 5 * [OSError("Too many open files")]
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        accept = loop.sock_accept
+
+        async def short(listener: socket.socket) -> object:
+            if problems:
+                raise problems.pop()
+            return await accept(listener)
+
+        monkeypatch.setattr(loop, "sock_accept", short)
+        for _ in range(2):  # the first one is awaited already
+            with await place.connect() as connection:
+                assert await place.answers(connection)
+
+    place.run(work)
+    assert (problems, caplog.messages) == (
+        [],
+        ["cannot take a connection: Too many open files; trying again"],
+    )
+
+
 def test_the_end_of_the_gate_ends_its_connections(place: Place) -> None:
     async def work() -> None:
         with await place.connect() as connection:

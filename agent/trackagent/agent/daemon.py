@@ -32,7 +32,7 @@ from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.quarantine import Quarantine
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
-from trackagent.agent.store.contract import NotFound
+from trackagent.agent.store.contract import NotFound, Writer
 from trackagent.client.trust import check_file, check_folder, private_folder
 from trackagent.protos.v1 import agent_pb2
 
@@ -126,12 +126,25 @@ def _allow_files(streams: int, *, each: int) -> None:
 
 
 async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
-    spool = Spool(config.state_directory / SPOOL_NAME, max_bytes=config.spool_bytes)
-    try:
+    with contextlib.ExitStack() as opened:
+        spool = Spool(config.state_directory / SPOOL_NAME, max_bytes=config.spool_bytes)
+        opened.callback(spool.close)
         writer = store.open_writer(config.store_path)
-    except BaseException:
-        spool.close()
-        raise
+        opened.callback(writer.close)
+        access = None if config.group is None else await _access(config, spool)
+        if access is not None:
+            opened.callback(access.owners.close)
+        await _serve(config, version, started_ns, spool, writer, access)
+
+
+async def _serve(
+    config: AgentConfig,
+    version: str,
+    started_ns: int,
+    spool: Spool,
+    writer: Writer,
+    access: Access | None,
+) -> None:
     pipeline = Pipeline(
         spool,
         StoreSink(writer),
@@ -140,21 +153,6 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
             config.dead_letters_path, StoreSink.name, max_bytes=config.dead_letter_bytes
         ),
     )
-    access = None if config.group is None else await _access(config, spool)
-
-    def is_connected(producer_id: bytes) -> bool:
-        return servicer.is_connected(producer_id)
-
-    orphans = Orphans(
-        spool,
-        config.directory,
-        config.state_directory,
-        config.quarantine_path,
-        claim=None if access is None else access.claim_own,
-        connected=is_connected,
-        gone_after_s=config.gone_after_s,
-    )
-
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],
         max_bytes=config.quarantine_bytes,
@@ -192,6 +190,15 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
                 sink.dead_letters, sink.dead_letter_bytes = letters
 
     servicer = server.Servicer(spool, config, version, describe, access)
+    orphans = Orphans(
+        spool,
+        config.directory,
+        config.state_directory,
+        config.quarantine_path,
+        claim=None if access is None else access.claim_own,
+        connected=servicer.is_connected,
+        gone_after_s=config.gone_after_s,
+    )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -220,11 +227,9 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
     config.socket_path.unlink(missing_ok=True)
     if access is not None:
         await access.gate.stop()
-        await asyncio.to_thread(access.owners.close)
     await asyncio.to_thread(orphans.stop)
     await asyncio.to_thread(pipeline.stop, config.drain_timeout_s)
     left = (await asyncio.wrap_future(spool.statistics()))["batches"]
-    await asyncio.to_thread(spool.close)
     if left:
         what = "1 batch stays" if left == 1 else f"{left} batches stay"
         logger.warning("%s in the spool: the next agent here delivers what is left", what)

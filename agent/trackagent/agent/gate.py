@@ -84,15 +84,19 @@ class Gate:
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
+        told = False
         with listener:
             while True:
                 try:
                     client, _ = await loop.sock_accept(listener)
                 except OSError as error:
                     # Most likely no descriptor is left.
-                    logger.warning("cannot take a connection: %s; trying again", error)
+                    if not told:
+                        logger.warning("cannot take a connection: %s; trying again", error)
+                    told = True
                     await asyncio.sleep(RETRY_S)
                 else:
+                    told = False
                     self._spawn(self._serve(client))
 
     async def _serve(self, client: socket.socket) -> None:
