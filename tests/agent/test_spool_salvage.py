@@ -387,7 +387,7 @@ client.finish()
 """
 
 
-@pytest.mark.parametrize("start", [0, PAGE_BYTES, 0.5], ids=["head", "second page", "middle"])
+@pytest.mark.parametrize("start", [0, 0.5], ids=["head", "middle"])
 def test_an_agent_starts_on_a_damaged_spool_and_delivers_what_is_whole(
     own_agent: Callable[..., AgentProcess], folders: Folders, start: float
 ) -> None:
@@ -399,7 +399,7 @@ def test_an_agent_starts_on_a_damaged_spool_and_delivers_what_is_whole(
         path = folders.state / "spool.db"
         size = path.stat().st_size
         with path.open("r+b") as file:
-            file.seek(int(start * size) if isinstance(start, float) else start)
+            file.seek(int(start * size))
             file.write(b"\xff" * 64)
         agent.start()
         script.communicate("\n", timeout=30)
