@@ -15,7 +15,7 @@ import pytest
 
 from tests.agent.samples import TIME_NS, journal, log_losses, producer
 from tests.fakes import Folders, wait_until
-from trackagent.agent.deaths import LastWords, MemoryGroup, event, memory_group
+from trackagent.agent.deaths import LastRecord, MemoryGroup, event, memory_group
 from trackagent.agent.decode import decode
 from trackagent.agent.orphans import MAKING_S, Orphans
 from trackagent.agent.spool import Spool
@@ -106,7 +106,7 @@ def test_the_group_of_a_real_process_is_the_kernels(tmp_path: Path) -> None:
 
 # --- the event
 
-LAST = LastWords(step=1234, time_ns=1_700_000_000_123_456_789)
+LAST = LastRecord(step=1234, time_ns=1_700_000_000_123_456_789)
 
 
 def test_the_event_names_rank_node_step_and_time() -> None:
@@ -133,11 +133,11 @@ def test_the_event_says_that_memory_ran_out(kills: int, said: str) -> None:
 
 
 def test_the_event_of_a_rank_that_logged_nothing_says_so() -> None:
-    assert event(producer(), LastWords(), None)["message"].endswith("no step is known of it")
+    assert event(producer(), LastRecord(), None)["message"].endswith("no step is known of it")
 
 
 def test_a_time_that_no_calendar_has_does_not_hold_up_the_event() -> None:
-    assert "last step 1 at" in event(producer(), LastWords(1, 2**63 - 1), None)["message"]
+    assert "last step 1 at" in event(producer(), LastRecord(1, 2**63 - 1), None)["message"]
 
 
 # --- as orphans tell it

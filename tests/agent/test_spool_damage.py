@@ -341,7 +341,7 @@ def drained(path: Path, base: Base, sink: StrictSink) -> int:
 
     def agree() -> None:
         origin = tried(lambda: spool.add_sink("store"))
-        tried(lambda: spool.accepted("store", origin, sink.last.get(origin, 0)))
+        tried(lambda: spool.reconcile_sink("store", origin, sink.last.get(origin, 0)))
 
     def following() -> Delivery | None:
         try:

@@ -194,7 +194,7 @@ class SpoolAgainstLists(RuleBasedStateMachine):
     def agree(self, sink: str) -> None:
         origin = retried(lambda: self.spool.add_sink(sink))
         known, last = self.last.get(sink, ("", 0))
-        retried(lambda: self.spool.accepted(sink, origin, last if known == origin else 0))
+        retried(lambda: self.spool.reconcile_sink(sink, origin, last if known == origin else 0))
 
     @invariant()
     def only_what_no_sink_needs_is_deleted(self) -> None:

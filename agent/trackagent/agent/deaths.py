@@ -23,7 +23,7 @@ _METRICS = (Kind.METRICS, Kind.NAMED)
 
 
 @dataclass(frozen=True, slots=True)
-class LastWords:
+class LastRecord:
     """What a dead producer's segments end with. step and time_ns of the metrics record logged last, None
     without one; finished: it had said how it ended."""
 
@@ -31,7 +31,7 @@ class LastWords:
     time_ns: int | None = None
     finished: bool = False
 
-    def and_then(self, data: bytes | memoryview) -> LastWords:
+    def and_then(self, data: bytes | memoryview) -> LastRecord:
         """These, or what the segment with the bytes `data` says later."""
         step, time_ns, finished = self.step, self.time_ns, self.finished
         for offset in record.scan(data, HEADER_BYTES).offsets:
@@ -39,7 +39,7 @@ class LastWords:
             if kind in _METRICS and (time_ns is None or at_time >= time_ns):
                 step, time_ns = at_step, at_time
             finished = finished or kind == Kind.FINISH
-        return LastWords(step, time_ns, finished)
+        return LastRecord(step, time_ns, finished)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def memory_group(
     return None
 
 
-def event(info: ProducerInfo, last: LastWords, oom_kills: int | None) -> dict[str, Any]:
+def event(info: ProducerInfo, last: LastRecord, oom_kills: int | None) -> dict[str, Any]:
     """The event that says that a rank died, as an EVENT record holds it. oom_kills: processes that the kernel
     killed in the rank's memory group while it was watched, None when that is not known."""
     message = f"{info.source} on node {info.node} (pid {info.pid}) died without finish(): "

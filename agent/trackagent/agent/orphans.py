@@ -181,7 +181,7 @@ class Orphans(threading.Thread):
             }
             for id_, since in self._gone.items():
                 if now - since >= self._gone_after_s:
-                    self._spool.end_producer(id_, _last_word_of_the_gone(infos[id_])).result()
+                    self._spool.end_producer(id_, _final_records_of_the_gone(infos[id_])).result()
                     logger.warning("%s (run %s) is gone", infos[id_].source, infos[id_].run_id)
         except (AgentError, sqlite3.Error) as error:
             logger.warning("cannot look for producers that are gone: %s; trying again", error)
@@ -227,8 +227,8 @@ class Orphans(threading.Thread):
                 "error": "the process ended without finish()",
                 "records": -1,
             }
-            last_word = self._obituary(info, folders) + _encode(Kind.FINISH, killed)
-            self._spool.end_producer(info.producer_id, last_word).result()
+            final_records = self._death_event(info, folders) + _encode(Kind.FINISH, killed)
+            self._spool.end_producer(info.producer_id, final_records).result()
             logger.info(
                 "%s (run %s, pid %d) has ended: its journal is delivered",
                 info.source,
@@ -238,13 +238,13 @@ class Orphans(threading.Thread):
         for folder in folders:
             shutil.rmtree(folder)
 
-    def _obituary(self, info: ProducerInfo, folders: list[Path]) -> bytes:
+    def _death_event(self, info: ProducerInfo, folders: list[Path]) -> bytes:
         """The event that a rank died; nothing for one that had said its end, and for what a rank forked: such
         processes end as they like."""
         if info.forked:
             return b""
         segments = sorted(self._segments(folders), key=lambda found: (found.lane, found.base))
-        last = deaths.LastWords()
+        last = deaths.LastRecord()
         for at, found in enumerate(segments):
             # The last two of each lane: its owner may have died with the last one still empty.
             if at + 2 < len(segments) and segments[at + 2].lane == found.lane:
@@ -414,7 +414,7 @@ def _found(path: Path) -> _Found | None:
     )
 
 
-def _last_word_of_the_gone(info: ProducerInfo) -> bytes:
+def _final_records_of_the_gone(info: ProducerInfo) -> bytes:
     """The event and the end of a producer whose journal vanished."""
     error = "its process and its journal are gone: what it had not delivered is unknown"
     message = f"{info.source} on node {info.node} (pid {info.pid}) never ended: {error}"

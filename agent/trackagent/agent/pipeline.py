@@ -68,9 +68,6 @@ class Pipeline(threading.Thread):
         self._deadline: float | None = None
         self._stopping = threading.Event()
         spool.add_sink(sink.name).result()
-        # Before anything new comes, if it can be had now; when the thread runs, it asks until it can.
-        with contextlib.suppress(Exception):
-            self._agree()
 
     @property
     def sink_name(self) -> str:
@@ -97,7 +94,7 @@ class Pipeline(threading.Thread):
 
     def _feed(self) -> None:
         """Until told to stop and either nothing is left or the time is up."""
-        self._until_done(self._agree)
+        self._until_done(self._reconcile)
         seen = 0
         idle_work = True
         while True:
@@ -120,12 +117,12 @@ class Pipeline(threading.Thread):
             else:
                 seen = self._spool.wait(seen, 0.5)
 
-    def _agree(self) -> None:
+    def _reconcile(self) -> None:
         """The sink's own word for what it has counts where the spool knows of less."""
         origin = self._spool.add_sink(self._sink.name).result()
         if isinstance(self._sink, Remembers):
             last = self._sink.last_accepted(origin)
-            self._spool.accepted(self._sink.name, origin, last).result()
+            self._spool.reconcile_sink(self._sink.name, origin, last).result()
             self._tell_what_is_gone(origin, last)
 
     def _tell_what_is_gone(self, origin: str, last: int) -> None:
@@ -157,7 +154,7 @@ class Pipeline(threading.Thread):
         try:
             return self._spool.next_delivery(self._sink.name, DELIVERY_BYTES, self._most).result()
         except UnknownSink:
-            self._agree()
+            self._reconcile()
             raise
 
     def _idle(self) -> bool:
@@ -200,9 +197,11 @@ class Pipeline(threading.Thread):
         self._most = 1
         letter = self._letters.keep(delivery.id.origin, batch, reason, self._schemas_of(batch))
         # What the agent itself says about a rejection may be rejected too; that is not told again.
-        words = [] if batch.lane == AGENT_LANE else [(batch.producer.producer_id, _told(letter))]
+        own_records = (
+            [] if batch.lane == AGENT_LANE else [(batch.producer.producer_id, _told(letter))]
+        )
         self._spool.delivered(
-            self._sink.name, delivery.id.last, rejected=True, words=words
+            self._sink.name, delivery.id.last, rejected=True, own_records=own_records
         ).result()
         logger.error(
             "sink %s rejects batch %d for good: %s; it is kept as dead letter %s (see `trackagent "

@@ -212,17 +212,17 @@ class Spool:
             size=len(encoded),
         )
 
-    def end_producer(self, producer_id: bytes, last_word: bytes = b"") -> Future[None]:
-        """The producer has ended and everything of it is committed. `last_word`: a record of the agent's own
-        that goes with it. Does nothing when it has ended before."""
+    def end_producer(self, producer_id: bytes, final_records: bytes = b"") -> Future[None]:
+        """The producer has ended and everything of it is committed. `final_records`: of the agent's own,
+        that go with it. Does nothing when it has ended before."""
 
         def job() -> tuple[None, int]:
             ended = self._tables.end_producer(producer_id, time.time_ns())
-            if not ended or not last_word:
+            if not ended or not final_records:
                 return None, 0
-            return None, self._append(producer_id, AGENT_LANE, None, last_word, [])[1]
+            return None, self._append(producer_id, AGENT_LANE, None, final_records, [])[1]
 
-        return self._spooling(job, size=len(last_word))
+        return self._spooling(job, size=len(final_records))
 
     def _spooling(
         self,
@@ -285,7 +285,7 @@ class Spool:
 
         return self._commits.submit(job)
 
-    def accepted(self, name: str, origin: str, last: int) -> Future[None]:
+    def reconcile_sink(self, name: str, origin: str, last: int) -> Future[None]:
         """The sink says that it has the batches of `origin` up to `last`; the spool may know of less after
         damage.
 
@@ -303,7 +303,7 @@ class Spool:
             else:
                 fresh = uuid4().hex
                 cursor = max(sink.cursor, self._first_since - 1)
-                tables.name(fresh, last + 1, tables.lost(), cursor)
+                tables.set_identity(fresh, last + 1, tables.lost(), cursor)
                 tables.put_sink(name, SinkState(fresh, cursor, None, sink.rejected))
                 logger.warning(
                     "the spool is an older copy of itself: sink %s has batch %d, the last one here was %d; "
@@ -370,15 +370,15 @@ class Spool:
         last: int,
         *,
         rejected: bool = False,
-        words: Sequence[tuple[bytes, bytes]] = (),
+        own_records: Sequence[tuple[bytes, bytes]] = (),
     ) -> Future[None]:
-        """The sink is done with its range up to batch `last`; what all sinks are done with is deleted. words:
-        records of the agent's own about producers, by their id, that go with it. Idempotent."""
+        """The sink is done with its range up to batch `last`; what all sinks are done with is deleted.
+        own_records: of the agent's own about producers, by their id, that go with it. Idempotent."""
 
         def job() -> None:
             if not self._tables.move_cursor(sink, last, rejected=rejected):
                 return  # said before
-            for producer_id, encoded in words:
+            for producer_id, encoded in own_records:
                 # A full spool must not keep a batch from leaving it.
                 self._append(producer_id, AGENT_LANE, None, encoded, [], capped=False)
             self._tables.delete_delivered()

@@ -147,7 +147,9 @@ class SpoolFile:
             connection.execute("PRAGMA synchronous = OFF")
             connection.executescript(schema())
             connection.execute("BEGIN")
-            tables.name(found.origin or uuid4().hex, found.first_number, found.lost, found.renamed)
+            tables.set_identity(
+                found.origin or uuid4().hex, found.first_number, found.lost, found.renamed
+            )
             for number, producer in found.producers.items():
                 tables.put_producer(number, *producer)
             for lane, state in found.lanes.items():

@@ -152,7 +152,7 @@ class Tables:
     def renamed(self) -> int:
         return int(self._execute("SELECT renamed FROM spool").fetchone()[0])
 
-    def name(self, origin: str, first_number: int, lost: int = 0, renamed: int = 0) -> None:
+    def set_identity(self, origin: str, first_number: int, lost: int = 0, renamed: int = 0) -> None:
         row = (1, origin, first_number, lost, renamed)
         self._execute("DELETE FROM spool")
         self._execute(
