@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,13 @@ def open_for_reading(path: Path, opener: Opener = connect) -> tuple[sqlite3.Conn
     )
     if not path.exists():
         raise nothing
+    # Before it is opened: SQLite would wait for the writer of a FIFO.
+    if not stat.S_ISREG(mode := path.stat().st_mode):
+        what = _OTHERS.get(stat.S_IFMT(mode), "a device")
+        raise StoreError(
+            f"there is {what} in the place of the store {path}: move it away, or name another folder "
+            "(--state, TRACKAGENT_STATE)"
+        )
     with translated("open the store", path):
         try:
             connection, lasting = _probed(opener, _uri(path, "ro")), True
@@ -132,6 +140,9 @@ def open_for_reading(path: Path, opener: Opener = connect) -> tuple[sqlite3.Conn
             connection.close()
             raise
         return connection, lasting
+
+
+_OTHERS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
 def _make_folder(folder: Path) -> None:
