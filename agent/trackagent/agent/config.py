@@ -247,9 +247,16 @@ def _converted(name: str, value: Any, origin: str) -> Any:
         raise ConfigError(f"{name} is {value!r}: give {what} (from {origin})") from None
 
 
+def _path(value: str | Path) -> Path:
+    # An empty path would be the current folder, which an unset shell variable does not mean.
+    if not str(value):
+        raise ValueError
+    return Path(value).absolute()
+
+
 # Annotation of a field → what to call it, the types it may be given in, conversion.
 _KINDS: dict[str, tuple[str, tuple[type, ...], Callable[[Any], Any]]] = {
-    "Path": ("a path", (str, Path), lambda value: Path(value).absolute()),
+    "Path": ("a path", (str, Path), _path),
     "int": ("a whole number", (int,), int),
     "float": ("a number", (int, float), float),
     "str": ("a text", (str,), str),

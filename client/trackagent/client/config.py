@@ -214,7 +214,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
     for name in FOLDERS.keys() & values.keys():
-        if not isinstance(values[name], str):
+        if not isinstance(values[name], str) or not values[name]:
             raise ConfigError(f"{name} is {values[name]!r}: give a path (from file {path})")
         values[name] = (path.parent / Path(values[name]).expanduser()).absolute()
     return values

@@ -12,7 +12,7 @@ import click
 
 from trackagent.agent.cli import ERROR, OK
 from trackagent.agent.cli.asking import STATUS_TIMEOUT_S, Holder, ask_status, lock_holder
-from trackagent.agent.cli.options import agent_flags, configured, json_option
+from trackagent.agent.cli.options import Seconds, agent_flags, configured, json_option
 from trackagent.agent.cli.output import (
     byte_count,
     clock,
@@ -62,7 +62,7 @@ def start_command(config: AgentConfig) -> int:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     default=STATUS_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",
@@ -233,7 +233,7 @@ def _alarm(count: int) -> str:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     metavar="SECONDS",
     help="How long to wait for its end.  [default: drain_timeout_s + 10]",
 )

@@ -10,7 +10,7 @@ import click
 
 from trackagent.agent.cli import ERROR, OK, USAGE, NothingThere
 from trackagent.agent.cli.asking import lock_holder
-from trackagent.agent.cli.options import configured, json_option
+from trackagent.agent.cli.options import Seconds, configured, json_option
 from trackagent.agent.cli.output import (
     byte_count,
     clock,
@@ -171,7 +171,7 @@ def show_command(config: AgentConfig, as_json: bool, id_: str, most: int) -> int
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=RETRY_TIMEOUT_S,
     show_default=True,
     metavar="SECONDS",

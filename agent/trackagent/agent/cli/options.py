@@ -18,6 +18,9 @@ from trackagent.agent.errors import AgentError
 if TYPE_CHECKING:
     from trackagent.agent.store.contract import Reader
 
+# A year: more than any --timeout means.
+MOST_SECONDS = 365 * 86_400
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Field of AgentConfig → options of `start`, `run` and `config` that set it.
@@ -52,6 +55,19 @@ FLAGS: dict[str, Callable[[Command], Command]] = {
         "--log-level", metavar="LEVEL", help="debug, info, warning or error."
     ),
 }
+
+
+class Seconds(click.FloatRange):
+    """A length of time. Refuses what a range lets pass and no clock can wait for: NaN, infinity, ages."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        # Written so that NaN is refused too.
+        if not seconds <= MOST_SECONDS:
+            self.fail(f"{value} is not a number of seconds up to {MOST_SECONDS}", param, ctx)
+        return seconds
 
 
 def configured(command: Callable[..., Any]) -> Callable[..., Any]:
