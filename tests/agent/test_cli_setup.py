@@ -94,6 +94,74 @@ def test_a_wrong_variable_is_wrong_use() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["status", "stop", "runs", "show", "tail", "doctor", "config"])
+@pytest.mark.parametrize(
+    ("flag", "field"), [("--dir", "directory"), ("--state", "state_directory")]
+)
+def test_an_empty_folder_is_wrong_use(name: str, flag: str, field: str) -> None:
+    result = invoke(name, flag, "")
+    expected = f"trackagent: {field} is '': give a path (from flag {flag})\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", expected)
+
+
+def test_no_command_runs_beside_an_empty_folder(tmp_path: Path) -> None:
+    result = invoke("run", "--dir", "", "--", "touch", str(tmp_path / "ran"))
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+
+
+@pytest.mark.parametrize("field", ["directory", "state_directory"])
+def test_an_empty_folder_in_the_file_is_wrong_use(tmp_path: Path, field: str) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text(f'{field} = ""\n')
+    result = invoke("config", "--config", str(file))
+    expected = f"trackagent: {field} is '': give a path (from file {file})\n"
+    assert (result.exit_code, result.stderr) == (2, expected)
+
+
+def test_an_empty_variable_is_none(tmp_path: Path) -> None:
+    empty = {"TRACKAGENT_DIR": "", "TRACKAGENT_STATE": "", "HOME": str(tmp_path)}
+    shown = json.loads(invoke("config", "--json", environ=empty).stdout)
+    assert {shown[name]["from"] for name in ("directory", "state_directory")} == {"default"}
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "1e300"])
+@pytest.mark.parametrize("name", [("stop",), ("status",), ("dead-letters", "retry", "--all")])
+def test_a_timeout_that_no_clock_can_wait_for_is_wrong_use(
+    folders: list[str], name: tuple[str, ...], seconds: str
+) -> None:
+    result = invoke(*name, *folders, "--timeout", seconds)
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert f"{seconds} is not a number of seconds up to 31536000" in result.stderr
+
+
+# --- a standard output that takes nothing
+
+
+def redirected(how: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-m", "trackagent.agent.cli", *arguments]
+    shell = ["sh", "-c", f'exec "$@" {how}', "sh", *program]
+    return subprocess.run(shell, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["stop", "config"])
+def test_what_cannot_be_printed_is_an_error(folders: list[str], name: str) -> None:
+    done = redirected(">&-", name, *folders)
+    expected = f"trackagent: {name}: standard output is closed\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
+@pytest.mark.parametrize("how", [">&-", ">/dev/full"])
+def test_help_that_cannot_be_printed_is_one_line(how: str) -> None:
+    done = redirected(how, "--help")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("trackagent: cannot print: ")
+
+
+def test_a_command_runs_beside_an_agent_without_any_standard_stream(folders: list[str]) -> None:
+    done = redirected("<&- >&- 2>&-", "run", *folders, "--", "sh", "-c", "exit 5")
+    assert done.returncode == 5
+
+
 # --- config
 
 

@@ -7,11 +7,14 @@ A command's module is imported when the command is used, so that `trackagent --h
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -52,6 +55,7 @@ class Program(click.Group):
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
         extra["prog_name"] = "trackagent"
+        _stand_in_for_closed()
         try:
             code = super().main(args, *rest, **extra)
         except click.ClickException as error:
@@ -60,20 +64,22 @@ class Program(click.Group):
             code = _fail(USAGE, f"{error.format_message().rstrip('.')}{hint}")
         except click.Abort:
             code = INTERRUPTED
+        except OSError as error:  # of --help and --version
+            code = _fail(ERROR, f"cannot print: {error.strerror or error}")
         sys.exit(code if isinstance(code, int) else OK)
 
     def invoke(self, ctx: click.Context) -> Any:
         """The exit code: what the command returned, or what its exception stands for."""
         try:
             code = super().invoke(ctx)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
             return code
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
             # What is still buffered must not fail again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with contextlib.suppress(io.UnsupportedOperation):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
         except NothingThere as error:
             return _fail(NOTHING, str(error))
@@ -90,6 +96,27 @@ class Program(click.Group):
 
 class NothingThere(AgentError):
     """No agent runs, there is no store yet, or no such run in it."""
+
+
+class _ClosedOutput(io.TextIOBase):
+    """A standard output that was closed (>&-): printing is an error, as it is on a full disk."""
+
+    encoding = "utf-8"
+    errors = "strict"
+
+    def write(self, _: str) -> NoReturn:
+        raise OSError(errno.EBADF, "standard output is closed")
+
+
+def _stand_in_for_closed() -> None:
+    """Sees to it that no file or socket becomes a standard stream which was closed at the start."""
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = _ClosedOutput()
 
 
 def _fail(code: int, message: str) -> int:
