@@ -232,6 +232,11 @@ class MemoryStore:
             found[reason] = found.get(reason, 0) + sum(records)
         return found
 
+    def attempts(self, run_id: str) -> list[int]:
+        self._known(run_id)
+        ranks = self._state.producers.values()
+        return sorted({self._attempt(info) for info in ranks if info.run_id == run_id})
+
     def gaps(self, run_id: str) -> list[RunGap]:
         self._known(run_id)
         found = []

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +381,11 @@ def test_tail_prints_the_last_lines(state: Path) -> None:
     ]
 
 
+def test_tail_takes_any_number_of_lines(state: Path) -> None:
+    shown = output(state, "tail", LIVE, "--once", "-n", "9" * 20)
+    assert shown == output(state, "tail", LIVE, "--once", "-n", "5")
+
+
 def test_tail_of_a_run_that_has_ended_ends(state: Path) -> None:
     assert len(output(state, "tail", DONE, "-n", "1000").splitlines()) == 2 * STEPS + 2
 
@@ -520,6 +525,25 @@ def test_an_unknown_run_is_exit_code_3_with_candidates(state: Path, name: str) -
     assert "busy-bee" in result.stderr
 
 
+@pytest.mark.parametrize("few", ["4", "b0", "4F2"])
+def test_too_few_digits_of_a_run_id_are_said_so(state: Path, few: str) -> None:
+    result = invoke(state, "show", few)
+    assert result.exit_code == 3
+    assert "(of a run id, give at least 4 digits)" in result.stderr
+
+
+def test_nothing_is_said_of_digits_to_what_is_no_run_id(state: Path) -> None:
+    assert (
+        "digits" not in invoke(state, "show", "xyz").stderr + invoke(state, "show", "beef").stderr
+    )
+
+
+@pytest.mark.parametrize("name", ["show", "tail", "export"])
+def test_the_help_states_the_fewest_digits_of_a_run_id(name: str) -> None:
+    shown = CliRunner().invoke(main, [name, "--help"]).stdout
+    assert "beginning of one (at least 4 digits)" in " ".join(shown.split())
+
+
 def test_a_key_that_matches_nothing_is_exit_code_3(state: Path) -> None:
     result = invoke(state, "show", DONE, "--key", "nosuch/*")
     assert (result.exit_code, result.stdout, result.stderr) == (
@@ -533,6 +557,20 @@ def test_a_key_that_matches_nothing_is_exit_code_3(state: Path) -> None:
 def test_a_missing_store_is_exit_code_3(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     result = invoke(tmp_path, *arguments)
     assert (result.exit_code, len(result.stderr.splitlines())) == (3, 1)
+
+
+@pytest.mark.parametrize(("put", "what"), [(os.mkfifo, "a FIFO"), (Path.mkdir, "a folder")])
+@pytest.mark.parametrize("arguments", [("runs",), ("show",), ("tail",), ("export", "latest")])
+def test_what_is_no_file_in_the_place_of_the_store_is_named(
+    tmp_path: Path, put: Callable[[Path], None], what: str, arguments: tuple[str, ...]
+) -> None:
+    put(tmp_path / "store.db")
+    result = invoke(tmp_path, *arguments)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"trackagent: there is {what} in the place of the store {tmp_path}/store.db: move it away, "
+        "or name another folder (--state, TRACKAGENT_STATE)\n",
+    )
 
 
 def test_a_damaged_store_is_one_line(tmp_path: Path) -> None:

@@ -390,7 +390,9 @@ def test_a_name_that_two_runs_have_is_refused_with_both(writer: Writer, reader: 
         reader.run("twice")
 
 
-@pytest.mark.parametrize("ask", ["params", "tags", "losses", "events", "series_list", "damage"])
+@pytest.mark.parametrize(
+    "ask", ["params", "tags", "losses", "attempts", "events", "series_list", "damage"]
+)
 def test_questions_about_an_unknown_run_find_nothing(reader: Reader, ask: str) -> None:
     with pytest.raises(NotFound):
         getattr(reader, ask)(RUN)

@@ -8,17 +8,16 @@ import dataclasses
 import fnmatch
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from trackagent.agent.cli import OK
+from trackagent.agent.cli import OK, NothingThere
+from trackagent.agent.cli.destination import destination
 from trackagent.agent.cli.options import configured, json_option, opened_store
 from trackagent.agent.cli.output import (
     gap_text,
@@ -30,7 +29,6 @@ from trackagent.agent.cli.output import (
     warn_of_damage,
 )
 from trackagent.agent.config import AgentConfig
-from trackagent.agent.errors import AgentError
 
 if TYPE_CHECKING:
     from trackagent.agent.store.contract import Event, ExportBlock, Reader, RunGap
@@ -54,9 +52,9 @@ SLICE_POINTS = 50_000
 )
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, readable=False, path_type=Path),
     metavar="FILE",
-    help="Write there instead of to the screen.",
+    help="Write there instead of to the screen; a FIFO or device is written into.",
 )
 @click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Only that attempt's.")
@@ -72,8 +70,8 @@ def export_command(
 ) -> int:
     """Print every stored point of a run.
 
-    One a line, in the order of storing. RUN is a run id, the beginning of one, a name, or
-    `latest`.
+    One a line, in the order of storing. RUN is a run id, the beginning of one (at least 4
+    digits), a name, or `latest`.
 
     \b
     Keys and columns: key, source, rank, attempt, step, time_ns, value.
@@ -95,21 +93,26 @@ def export_command(
       trackagent export 4f2a --format csv --output points.csv --key 'train/*'
     """
     lines = _jsonl_lines if form == "jsonl" else _csv_lines
-    with opened_store(config) as store, _destination(output) as out:
+    with opened_store(config) as store:
         run_id = store.run(run).run_id
+        attempts = store.attempts(run_id)
+        if attempt is not None and attempt not in attempts:
+            there = ", ".join(map(str, attempts)) or "none"
+            raise NothingThere(f"this run has no attempt {attempt}, only {there}")
         gaps = [gap for gap in store.gaps(run_id) if attempt in (None, gap.attempt)]
-        if of_gaps:
-            _write_gaps(gaps, form, out)
-            return OK
-        _warn_of_gaps(gaps)
-        blocks = store.export(run_id)
-        if form == "csv":
-            out.write(",".join(CSV_COLUMNS) + "\n")
-        for block in blocks:
-            if attempt not in (None, block.attempt):
-                continue
-            for text in lines(block, pattern):
-                out.write(text)
+        # Opened when it is sure that there is something to say: a FIFO's reader would wait for it.
+        with destination(output) as out:
+            if of_gaps:
+                _write_gaps(gaps, form, out)
+                return OK
+            _warn_of_gaps(gaps)
+            if form == "csv":
+                out.write(",".join(CSV_COLUMNS) + "\n")
+            for block in store.export(run_id):
+                if attempt not in (None, block.attempt):
+                    continue
+                for text in lines(block, pattern):
+                    out.write(text)
         warn_of_damage(store.damage(run_id))
     return OK
 
@@ -134,38 +137,6 @@ def _warn_of_gaps(gaps: Sequence[RunGap]) -> None:
             "--gaps lists where",
             err=True,
         )
-
-
-@contextmanager
-def _destination(output: Path | None) -> Iterator[IO[str]]:
-    """Where to write; a file appears under its name only when it is complete."""
-    if output is None:
-        with _whole_stdout() as out:
-            yield out
-        return
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as out:
-            yield out
-        os.replace(partial, output)
-    except OSError as error:
-        raise AgentError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _whole_stdout() -> Iterator[IO[str]]:
-    """Standard output with a buffer of its own. Without one (PYTHONUNBUFFERED), Python takes a write that
-    was cut short, by a full disk or a reader that has gone, for a whole one."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except io.UnsupportedOperation:
-        # Not a file: a test reads it.
-        yield sys.stdout
-        return
-    with open(descriptor, "w", encoding="utf-8", newline="", closefd=False) as out:
-        yield out
 
 
 def _jsonl_lines(block: ExportBlock, pattern: str) -> Iterator[str]:
@@ -239,7 +210,8 @@ def tail_command(
 ) -> int:
     """Print the points and events of a run as they come.
 
-    Ends when the run has ended. RUN is a run id, the beginning of one, a name, or `latest` (the default).
+    Ends when the run has ended. RUN is a run id, the beginning of one (at least 4 digits), a name,
+    or `latest` (the default).
 
     \b
     Examples:
@@ -259,7 +231,7 @@ def tail_command(
         news = _News(store, run_id, pattern)
         # The status is read first: a run that has ended by then has nothing more to say after this read.
         ended = store.run(run_id).status != "running"
-        for entry in collections.deque(news.read(), maxlen=last):
+        for entry in collections.deque(news.read(), maxlen=min(last, sys.maxsize)):
             click.echo(show(entry))
         damage = store.damage(run_id)
         warn_of_damage(damage)

@@ -77,8 +77,9 @@ def show_command(
     """Show a run and draw its curves.
 
     Facts, params, tags, events, losses and series come first. RUN is a run id, the beginning
-    of one, a name, or `latest` (the default). Every rank is a curve; the heavy line is the
-    mean of the ranks that logged a step. Where records were refused, lines are interrupted.
+    of one (at least 4 digits), a name, or `latest` (the default). Every rank is a curve; the
+    heavy line is the mean of the ranks that logged a step. Where records were refused, lines
+    are interrupted.
 
     \b
     Examples:

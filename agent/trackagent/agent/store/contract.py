@@ -319,6 +319,10 @@ class Reader(Protocol):
         """Those of all runs together."""
         ...
 
+    def attempts(self, run_id: str) -> list[int]:
+        """The run's own numbers of those that anyone has logged in, ascending."""
+        ...
+
     def gaps(self, run_id: str) -> list[RunGap]:
         """In the order of their first times."""
         ...

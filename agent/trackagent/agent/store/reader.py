@@ -35,6 +35,7 @@ from trackagent.agent.store.contract import (
 _T = TypeVar("_T")
 
 _LEAST_PREFIX = 4
+_HEX = "[0-9a-fA-F]+"
 _CANDIDATES = 5
 _NAMED_KEYS = 3
 _SUMMARY = ", ".join(
@@ -100,8 +101,10 @@ class SqliteReader:
             if found:
                 raise NotFound(f"{name!r} may be any of these runs: {_listed(found)}")
             newest = _summaries(connection, f"{_NEWEST_FIRST} LIMIT {_CANDIDATES}")
+        short = len(name) < _LEAST_PREFIX and re.fullmatch(_HEX, name)
+        least = f" (of a run id, give at least {_LEAST_PREFIX} digits)" if short else ""
         raise NotFound(
-            f"no run {name!r} in {self._path}; "
+            f"no run {name!r} in {self._path}{least}; "
             + (f"the newest are {_listed(newest)}" if newest else "there is none yet")
         )
 
@@ -126,6 +129,14 @@ class SqliteReader:
                 "SELECT reason, sum(counted + more) FROM losses GROUP BY reason ORDER BY reason"
             )
             return dict(rows.fetchall())
+
+    def attempts(self, run_id: str) -> list[int]:
+        with self._connected("list attempts") as connection:
+            rows = connection.execute(
+                "SELECT DISTINCT attempt FROM producers WHERE run = ? ORDER BY attempt",
+                (self._row_of(connection, run_id),),
+            )
+            return [attempt for (attempt,) in rows]
 
     def gaps(self, run_id: str) -> list[RunGap]:
         with self._connected("read gaps") as connection:
@@ -320,7 +331,7 @@ def _matching(connection: sqlite3.Connection, name: str) -> list[RunSummary]:
     """A few runs with this name or, if it can be one, this prefix of an id."""
     few = f"{_NEWEST_FIRST} LIMIT {_CANDIDATES}"
     found = _summaries(connection, f" WHERE r.name = ?{few}", (name,))
-    if len(name) >= _LEAST_PREFIX and re.fullmatch("[0-9a-fA-F]+", name):
+    if len(name) >= _LEAST_PREFIX and re.fullmatch(_HEX, name):
         prefix = name.lower()
         matches = _summaries(
             connection, f" WHERE r.run_id >= ? AND r.run_id < ?{few}", (prefix, prefix + "g")
