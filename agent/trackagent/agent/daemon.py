@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import grp
 import importlib.metadata
-import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -16,7 +15,7 @@ import signal
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import trackagent.agent.store as store
@@ -26,6 +25,7 @@ from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
 from trackagent.agent.gate import Gate
+from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.owners import Owners
 from trackagent.agent.pipeline import Pipeline
@@ -40,7 +40,11 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 TRIM_INTERVAL_S = 1.0
-LOCK_PATIENCE_S = 0.5
+WATCH_INTERVAL_S = 0.5
+# On the disk of the state, to begin.
+NEEDED_BYTES = 256 * 1024
+# How long an agent whose folder was deleted tries to make another: the deleting may still be going on.
+RENEWAL_PATIENCE_S = 10.0
 # Through the gate, for commands that ask how the agent is doing.
 OTHER_CONNECTIONS = 64
 # What the agent opens beside one connection a rank: databases, journals, gRPC's own.
@@ -60,12 +64,49 @@ def serve(config: AgentConfig) -> int:
             grp.getgrnam(config.group)
         except KeyError:
             raise AgentError(f"there is no group {config.group!r}: give another --group") from None
-    about = {"pid": os.getpid(), "started_ns": started_ns, "version": version}
     with _private_files():
-        take_folders(config)
-        with _held(config.lock_path, about), _held(config.state_directory / LOCK_NAME, about):
-            asyncio.run(_run(config, version, started_ns))
+        asyncio.run(_begin(config, version, started_ns))
     return 0
+
+
+async def _begin(config: AgentConfig, version: str, started_ns: int) -> None:
+    """Until told to stop; anew, in folders made anew, where they were deleted meanwhile."""
+    about = {
+        "pid": os.getpid(),
+        "started_ns": started_ns,
+        "version": version,
+        "directory": str(config.directory),
+    }
+    stop = asyncio.Event()
+    renewed_until = -math.inf
+    while True:
+        try:
+            take_folders(config)
+            with (
+                held(config.lock_path, about) as lock,
+                held(config.state_directory / LOCK_NAME, about) as state_lock,
+            ):
+                gone = await _run(config, version, started_ns, stop, [lock, state_lock])
+        except (AgentError, store.StoreError, OSError) as error:
+            if stop.is_set() or time.monotonic() >= renewed_until:
+                raise AgentError(_advised(error, config)) from error
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            continue
+        if not gone:
+            return
+        renewed_until = time.monotonic() + RENEWAL_PATIENCE_S
+
+
+def _advised(error: Exception, config: AgentConfig) -> str:
+    """What went wrong at the start, and what to do."""
+    said = str(error)
+    with contextlib.suppress(OSError):
+        full = shutil.disk_usage(config.state_directory).free < NEEDED_BYTES
+        if full and ROOM not in said:
+            said += (
+                f"; {ROOM}: {config.state_directory} has less than {NEEDED_BYTES // 1024} KiB left"
+            )
+    return said
 
 
 @contextlib.contextmanager
@@ -85,7 +126,8 @@ def take_folders(config: AgentConfig) -> None:
         _check_folders(config)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise AgentError(f"cannot use the agent's folders: {what}") from error
+        advice = f"; {ROOM}, or give others with --dir and --state" if is_full(error) else ""
+        raise AgentError(f"cannot use the agent's folders: {what}{advice}") from error
 
 
 def _check_folders(config: AgentConfig) -> None:
@@ -125,7 +167,10 @@ def _allow_files(streams: int, *, each: int) -> None:
         )
 
 
-async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
+async def _run(
+    config: AgentConfig, version: str, started_ns: int, stop: asyncio.Event, locks: Sequence[Lock]
+) -> bool:
+    """Until `stop` is set; whether it ended before, since a lock file or the socket was gone."""
     with contextlib.ExitStack() as opened:
         spool = Spool(config.state_directory / SPOOL_NAME, max_bytes=config.spool_bytes)
         opened.callback(spool.close)
@@ -134,7 +179,7 @@ async def _run(config: AgentConfig, version: str, started_ns: int) -> None:
         access = None if config.group is None else await _access(config, spool)
         if access is not None:
             opened.callback(access.owners.close)
-        await _serve(config, version, started_ns, spool, writer, access)
+        return await _serve(config, version, started_ns, spool, writer, access, stop, locks)
 
 
 async def _serve(
@@ -144,7 +189,9 @@ async def _serve(
     spool: Spool,
     writer: Writer,
     access: Access | None,
-) -> None:
+    stop: asyncio.Event,
+    locks: Sequence[Lock],
+) -> bool:
     pipeline = Pipeline(
         spool,
         StoreSink(writer),
@@ -199,18 +246,18 @@ async def _serve(
         connected=servicer.is_connected,
         gone_after_s=config.gone_after_s,
     )
-    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # Whoever connects to a socket that a killed agent left is refused; the lock says that it is nobody's.
-    config.socket_path.unlink(missing_ok=True)
     path = config.socket_path if access is None else config.inner_socket_path
     try:
+        # Whoever connects to a socket that a killed agent left is refused; the lock says that it is nobody's.
+        config.socket_path.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         listening = await server.start(servicer, f"unix:{path}", config.max_batch_bytes)
         path.chmod(0o600)
         if access is not None:
             access.gate.start()
+        sockets = [OwnFile(config.socket_path), OwnFile(path)]
     except OSError as error:
         raise AgentError(f"{error}; give another --dir") from error
     _open_to_group(config)
@@ -220,21 +267,45 @@ async def _serve(
     logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
     logger.info("runs are stored in %s", config.store_path)
 
-    await stop.wait()
+    missing = await _gone(stop, locks, [*sockets, *locks])
     trimming.cancel()
-    logger.info("stopping: taking what is under way, then delivering what is spooled")
+    if missing is None:
+        logger.info("stopping: taking what is under way, then delivering what is spooled")
+    else:
+        logger.error("%s was deleted or replaced under this agent: it begins anew", missing)
     await listening.stop(STOP_GRACE_S)
-    config.socket_path.unlink(missing_ok=True)
+    if sockets[0].is_there():
+        config.socket_path.unlink(missing_ok=True)
     if access is not None:
         await access.gate.stop()
     await asyncio.to_thread(orphans.stop)
-    await asyncio.to_thread(pipeline.stop, config.drain_timeout_s)
+    # Who begins anew does not let the ranks wait for a sink.
+    drain_s = config.drain_timeout_s if missing is None else 0.0
+    await asyncio.to_thread(pipeline.stop, drain_s)
     left = (await asyncio.wrap_future(spool.statistics()))["batches"]
+    if missing is not None:
+        return True
     if left:
         what = "1 batch stays" if left == 1 else f"{left} batches stay"
         logger.warning("%s in the spool: the next agent here delivers what is left", what)
     else:
         logger.info("stopped; everything received is stored")
+    return False
+
+
+async def _gone(stop: asyncio.Event, locks: Sequence[Lock], own: Sequence[OwnFile]) -> Path | None:
+    """Waits until `stop` is set, None then, or until a file of its own is no longer where it was. Meanwhile
+    locks that found no room say whose they are as soon as they do."""
+    while True:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stop.wait(), WATCH_INTERVAL_S)
+            return None
+        for file in own:
+            if not file.is_there():
+                return file.path
+        for lock in locks:
+            with contextlib.suppress(OSError):  # a courtesy
+                lock.say()
 
 
 async def _trim(quarantine: Quarantine) -> None:
@@ -293,49 +364,7 @@ def _open_to_group(config: AgentConfig) -> None:
             config.directory.chmod(0o710)
         shutil.chown(config.socket_path, group=config.group)
         config.socket_path.chmod(0o660)
-    except PermissionError as error:
+    except OSError as error:
         raise AgentError(
             f"cannot open the socket to the group {config.group!r}: {error}"
         ) from error
-
-
-@contextlib.contextmanager
-def _held(path: Path, about: dict[str, object]) -> Iterator[None]:
-    """Holds the lock file, with `about` in it for others to read. AgentError names the process that
-    holds it."""
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path, flags, 0o600)
-    except OSError as error:
-        raise AgentError(
-            f"cannot write {path}: {error.strerror}; give another folder with --dir or --state"
-        ) from error
-    try:
-        if not _locked(descriptor):
-            with contextlib.suppress(ValueError, AttributeError):
-                other = json.loads(os.pread(descriptor, 4096, 0)).get("pid")
-                raise AgentError(
-                    f"an agent already uses {path.parent} (pid {other}): use it, or `trackagent stop` it, "
-                    "or give this one other folders with --dir and --state"
-                ) from None
-            raise AgentError(f"another process holds {path}") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(about).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    """Takes the lock; False when it stays another's. Commands that ask whether an agent runs hold it for a
-    moment, so one failure means nothing."""
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-        else:
-            return True

@@ -276,7 +276,7 @@ def stop_command(config: AgentConfig, timeout_s: float | None) -> int:
 def _terminate(config: AgentConfig, holder: Holder) -> None:
     """SIGTERM to the holder of the lock, after making sure that its pid means that process here."""
     try:
-        if not holds(holder.pid, config.lock_path):
+        if not holds(holder.pid, holder.path):
             if lock_holder(config) is None:
                 return
             raise AgentError(

@@ -6,10 +6,11 @@ import fcntl
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trackagent.agent.cli import NothingThere
-from trackagent.agent.config import AgentConfig
+from trackagent.agent.config import LOCK_NAME, AgentConfig
 from trackagent.agent.errors import AgentError
 
 if TYPE_CHECKING:
@@ -20,40 +21,62 @@ STATUS_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds the lock of a folder, as the lock file says; pid 0 while it is still being written."""
+    """Who holds the lock at `path`, as that file says; pid 0 while it does not."""
 
+    path: Path
     pid: int
     started_ns: int
     version: str
+    directory: str
+    """TRACKAGENT_DIR of that agent."""
 
 
 def lock_holder(config: AgentConfig) -> Holder | None:
-    """The agent that holds the lock of config.directory; None when none does."""
+    """The agent of config.directory; None when none runs.
+
+    The lock of the state folder is asked too: that of the folder in memory may be gone under a running
+    agent, or have found no room for what it says."""
+    holder = _holder(config.lock_path)
+    if holder is not None and holder.pid:
+        return holder
+    other = _holder(config.state_directory / LOCK_NAME)
+    if other is not None and other.directory == str(config.directory):
+        return other
+    return holder
+
+
+def _holder(path: Path) -> Holder | None:
     try:
-        descriptor = os.open(config.lock_path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise AgentError(
-            f"cannot read the agent's lock {config.lock_path}: {error.strerror}; "
+            f"cannot read the agent's lock {path}: {error.strerror}; "
             "ask as the user who runs the agent"
         ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        return _parsed(os.read(descriptor, 4096))
+        return _parsed(path, os.read(descriptor, 4096))
     finally:
         # Gives a lock that was free back at once.
         os.close(descriptor)
 
 
-def _parsed(content: bytes) -> Holder:
+def _parsed(path: Path, content: bytes) -> Holder:
     try:
         said = json.loads(content)
-        return Holder(int(said["pid"]), int(said["started_ns"]), str(said["version"]))
-    except (ValueError, KeyError, TypeError):
-        return Holder(0, 0, "")
+        return Holder(
+            path,
+            int(said["pid"]),
+            int(said["started_ns"]),
+            str(said["version"]),
+            str(said.get("directory", "")),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Holder(path, 0, 0, "", "")
 
 
 def ask_status(config: AgentConfig, timeout_s: float = STATUS_TIMEOUT_S) -> StatusResponse:
@@ -85,4 +108,10 @@ def ask_status(config: AgentConfig, timeout_s: float = STATUS_TIMEOUT_S) -> Stat
 
 
 def _none_runs(config: AgentConfig) -> NothingThere:
+    holder = lock_holder(config)
+    if holder is not None and holder.pid:
+        return NothingThere(
+            f"the agent (pid {holder.pid}) runs and does not listen at {config.socket_path}: it is starting, "
+            "stopping, or its folder was deleted; ask again in a few seconds, or see its log"
+        )
     return NothingThere(f"no agent runs for {config.directory}: start one with `trackagent start`")
