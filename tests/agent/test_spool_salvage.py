@@ -17,7 +17,7 @@ from tests.agent.samples import Connections, losses, producer
 from tests.agent.sinks import FakeSink
 from tests.agent.spools import ANY_SIZE, ID, OpenSpool
 from tests.fakes import AgentProcess, Folders, next_line, start_script, wait_until
-from trackagent.agent import spoolfile
+from trackagent.agent import quarantine
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.pagelog import PAGE_BYTES
 from trackagent.agent.pipeline import Pipeline
@@ -358,7 +358,7 @@ def test_a_process_that_dies_while_it_replaces_a_spool_loses_nothing(
 
     with monkeypatch.context() as patch:
         owner, _, name = step.rpartition(".")
-        target = getattr(spoolfile, owner) if owner else spoolfile
+        target = getattr(quarantine, owner) if owner else quarantine
         patch.setattr(target, name, dying(getattr(target, name)))
         try:
             open_spool().close()
