@@ -3,6 +3,7 @@ one that is an older copy of itself."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from tests.agent.samples import Connections, losses, producer
 from tests.agent.sinks import FakeSink
-from tests.agent.spools import ANY_SIZE, ID, OpenSpool
+from tests.agent.spools import ANY_SIZE, ID, OpenSpool, spooled
 from tests.fakes import AgentProcess, Folders, next_line, start_script, wait_until
 from trackagent.agent import quarantine
 from trackagent.agent.deadletters import DeadLetters
@@ -68,6 +69,28 @@ def overwritten(path: Path, start: int, length: int) -> None:
     with path.open("r+b") as file:
         file.seek(start)
         file.write(random.Random(1).randbytes(length))
+
+
+def test_damage_that_cannot_be_put_into_words_is_damage(
+    open_spool: OpenSpool, folders: Folders
+) -> None:
+    """SQLite's message quotes the name of the table, which is no text any more."""
+    spool = open_spool()
+    spool.add_sink("store").result()
+    filled(spool, 2)
+    spool.close()
+    path = folders.state / "spool.db"
+    data = path.read_bytes()
+    for good, bad in (
+        (b"tablelanes", b"table\xff\xff\xff\xff\xff"),
+        (b"TABLE lanes ", b"XABLE lanes "),
+    ):
+        assert good in data
+        data = data.replace(good, bad)
+    path.write_bytes(data)
+    with contextlib.closing(open_spool()) as spool:
+        assert len(spooled(spool)) == 2
+    assert len(reasons(folders)) == 1
 
 
 def many_pages(open_spool: OpenSpool) -> None:

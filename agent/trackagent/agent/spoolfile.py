@@ -52,7 +52,8 @@ def is_damage(error: BaseException) -> bool:
     if isinstance(error, sqlite3.OperationalError):
         # Of a table whose definition is damaged, and of text that is none any more.
         return str(error).startswith(("no such ", "Could not decode", "unsupported file format"))
-    return isinstance(error, (sqlite3.DatabaseError, sqlite3.InterfaceError))
+    # What SQLite says of a damaged file may quote it, and then cannot be decoded.
+    return isinstance(error, (sqlite3.DatabaseError, sqlite3.InterfaceError, UnicodeDecodeError))
 
 
 class SpoolFile:
@@ -75,7 +76,7 @@ class SpoolFile:
             if problem is None:
                 try:
                     return self._opened()
-                except sqlite3.Error as error:
+                except (sqlite3.Error, UnicodeDecodeError) as error:
                     if not is_damage(error):
                         raise
                     problem = str(error)

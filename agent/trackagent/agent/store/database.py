@@ -165,7 +165,7 @@ def _opened(path: Path, opener: Opener, *, thorough: bool) -> sqlite3.Connection
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
-        connection.execute("PRAGMA cache_size = -16384")
+        connection.execute("PRAGMA cache_size = -8192")
         fresh = not connection.execute("PRAGMA user_version").fetchone()[0]
         _check_version(connection)
         schema.migrate(connection, path)
