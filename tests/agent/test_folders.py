@@ -143,13 +143,15 @@ def vanish(folders: Folders, what: str) -> None:
         shutil.rmtree(folders.directory)
     elif what == "socket":
         folders.socket.unlink()
+    elif what == "state":
+        shutil.rmtree(folders.state)
     else:
         another = folders.directory / "another"
         another.touch()
         another.replace(folders.directory / "agent.lock")
 
 
-@pytest.mark.parametrize("what", ["folder", "socket", "lock"])
+@pytest.mark.parametrize("what", ["folder", "socket", "lock", "state"])
 def test_an_agent_whose_files_are_deleted_begins_anew(
     own_agent: OwnAgent, folders: Folders, what: str
 ) -> None:
@@ -204,7 +206,15 @@ def test_stop_leaves_the_agent_of_another_folder_alone(
 ) -> None:
     agent = own_agent().start()
     done = run_cli(Folders(tmp_path / "other", folders.state), "stop")
-    assert (done.returncode, "no agent runs" in done.stdout) == (0, True)
+    assert agent.process is not None
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        [
+            f"no agent runs for {tmp_path / 'other'}",
+            f"{folders.state} is used by the agent of {folders.directory} (pid {agent.process.pid}): "
+            f"trackagent stop --dir {folders.directory}",
+        ],
+    )
     assert json.loads(agent.run_cli("status", "--json").stdout)["directory"] == str(
         folders.directory
     )

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trackagent.agent.cli import ERROR, OK
-from trackagent.agent.cli.asking import STATUS_TIMEOUT_S, Holder, ask_status, lock_holder
+from trackagent.agent.cli.asking import (
+    STATUS_TIMEOUT_S,
+    Holder,
+    ask_status,
+    lock_holder,
+    state_holder,
+)
 from trackagent.agent.cli.options import Seconds, agent_flags, configured, json_option
 from trackagent.agent.cli.output import (
     byte_count,
@@ -256,6 +262,12 @@ def stop_command(config: AgentConfig, timeout_s: float | None) -> int:
         holder = lock_holder(config)
     if holder is None:
         click.echo(f"no agent runs for {config.directory}")
+        other = state_holder(config)
+        if other is not None and other.directory:
+            click.echo(
+                f"{config.state_directory} is used by the agent of {other.directory} (pid {other.pid}): "
+                f"trackagent stop --dir {other.directory}"
+            )
         return OK
     if not holder.pid:
         raise AgentError(f"{config.lock_path} is locked but does not say by whom")

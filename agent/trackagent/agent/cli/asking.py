@@ -39,10 +39,15 @@ def lock_holder(config: AgentConfig) -> Holder | None:
     holder = _holder(config.lock_path)
     if holder is not None and holder.pid:
         return holder
-    other = _holder(config.state_directory / LOCK_NAME)
+    other = state_holder(config)
     if other is not None and other.directory == str(config.directory):
         return other
     return holder
+
+
+def state_holder(config: AgentConfig) -> Holder | None:
+    """The agent that uses the state folder, of whatever folder in memory; None when none does."""
+    return _holder(config.state_directory / LOCK_NAME)
 
 
 def _holder(path: Path) -> Holder | None:
