@@ -8,6 +8,8 @@ import json
 import random
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 from tests.agent.samples import Connections, losses, producer
 from tests.agent.sinks import FakeSink
 from tests.agent.spools import ANY_SIZE, ID, OpenSpool, spooled
-from tests.fakes import AgentProcess, Folders, next_line, start_script, wait_until
+from tests.fakes import DEADLINE_S, AgentProcess, Folders, next_line, start_script, wait_until
 from trackagent.agent import quarantine
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.pagelog import PAGE_BYTES
@@ -177,6 +179,114 @@ def test_a_spool_on_a_failing_disk_is_not_set_aside(
     with pytest.raises(SpoolError, match="disk I/O error"):
         open_spool(connect=connect)
     assert not (folders.state / "quarantine").exists()
+
+
+# --- a log that is destroyed
+
+FILL = """
+import os, signal, sys
+from pathlib import Path
+from tests.agent.samples import losses, producer
+from trackagent.agent.spool import Spool
+
+spool = Spool(Path(sys.argv[1]), max_bytes=1 << 30)
+spool.open_producer(producer(), {}).result()
+spool.open_producer(producer(1), {}).result()
+spool.append(producer().producer_id, 0, 0, losses(range(100))).result()
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def filled_by_another(folders: Folders, end: str) -> None:
+    """A process takes something, and is killed or exits without closing."""
+    folders.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    command = [sys.executable, "-c", FILL, str(folders.state / "spool.db"), end]
+    subprocess.run(command, timeout=DEADLINE_S, check=False)
+
+
+def removed(log: Path) -> None:
+    log.unlink()
+
+
+def emptied(log: Path) -> None:
+    log.write_bytes(b"")
+
+
+def zeroed(log: Path) -> None:
+    log.write_bytes(bytes(log.stat().st_size))
+
+
+def random_bytes(log: Path) -> None:
+    log.write_bytes(random.Random(1).randbytes(log.stat().st_size))
+
+
+def few_random_bytes(log: Path) -> None:
+    log.write_bytes(random.Random(1).randbytes(20))
+
+
+def removed_with_the_file(log: Path) -> None:
+    log.unlink()
+    log.with_name("spool.db").unlink()
+
+
+@pytest.mark.parametrize(
+    "destroy", [removed, emptied, zeroed, random_bytes, few_random_bytes, removed_with_the_file]
+)
+def test_a_destroyed_log_of_an_agent_that_was_killed_is_told(
+    open_spool: OpenSpool,
+    folders: Folders,
+    caplog: pytest.LogCaptureFixture,
+    destroy: Callable[[Path], None],
+) -> None:
+    filled_by_another(folders, "killed")
+    destroy(folders.state / "spool.db-wal")
+    spool = open_spool()
+    assert spool.statistics().result()["lost_batches"] == 1
+    assert sum(one.levelname == "ERROR" for one in caplog.records) == 1
+    # Once, and it goes on.
+    filled(spool, 1)
+    spool.close()
+    caplog.clear()
+    assert open_spool().statistics().result()["lost_batches"] == 1
+    assert [one.getMessage() for one in caplog.records] == []
+
+
+def test_what_stands_behind_a_destroyed_beginning_of_a_log_is_brought_over(
+    open_spool: OpenSpool, folders: Folders
+) -> None:
+    filled_by_another(folders, "killed")
+    log = folders.state / "spool.db-wal"
+    overwritten(log, 0, 32 + 2 * (24 + PAGE_BYTES))
+    spool = open_spool()
+    spool.add_sink("store").result()
+    found = spool.next_delivery("store", ANY_SIZE).result()
+    assert found is not None
+    assert [batch.journal_bytes for batch in found.batches] == [losses(range(100))]
+    assert len(reasons(folders)) == 1
+
+
+@pytest.mark.parametrize("end", ["killed", "exits"])
+def test_a_log_that_is_whole_or_done_with_is_no_damage(
+    open_spool: OpenSpool, folders: Folders, end: str
+) -> None:
+    for _ in range(2):
+        filled_by_another(folders, end)
+    statistics = open_spool().statistics().result()
+    assert (statistics["batches"], statistics["lost_batches"]) == (1, 0)
+    assert reasons(folders) == []
+
+
+def test_an_agent_that_was_killed_and_had_taken_nothing_lost_nothing(
+    open_spool: OpenSpool, folders: Folders
+) -> None:
+    copies = folders.state / "copy.db"
+    spool = open_spool()
+    shutil.copy(folders.state / "spool.db", copies)  # its log is not there
+    spool.close()
+    copies.rename(folders.state / "spool.db")
+    assert open_spool().statistics().result()["lost_batches"] == 0
+    assert reasons(folders) == []
 
 
 # --- where the cursor is lost

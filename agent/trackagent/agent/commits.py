@@ -41,7 +41,8 @@ class GroupCommit:
 
     linger_s: how long a patient job may wait for others to share its commit. is_damage: whether an error
     says that the file is damaged; then all of the transaction fails, and `mend` gives the connection for the
-    next one (if it cannot, the next one fails with what it raised, and it is asked again).
+    next one (if it cannot, the next one fails with what it raised, and it is asked again). committed: is
+    called after each commit, before its futures get their results; must not raise.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class GroupCommit:
         linger_s: float,
         is_damage: Callable[[Exception], bool] = lambda _: False,
         mend: Callable[[Exception], sqlite3.Connection] | None = None,
+        committed: Callable[[], None] = lambda: None,
     ) -> None:
         self._connection = connection
         self._linger_s = linger_s
         self._is_damage = is_damage
         self._mend = mend
+        self._committed = committed
         self._damage: Exception | None = None
         self._jobs: SimpleQueue[_Job[Any] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
@@ -127,6 +130,7 @@ class GroupCommit:
                     failed.append((job, error))
                 execute("RELEASE job")
             execute("COMMIT")
+            self._committed()
         except Exception as error:  # noqa: BLE001 - goes to all who asked
             if self._damage is None and self._is_damage(error):
                 self._damage = error

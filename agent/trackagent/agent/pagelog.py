@@ -27,11 +27,13 @@ _VERSION = 3007000
 class Log:
     """What a log says. states: the last state of each page, as its place in the log: by the transactions that
     SQLite sees, and after those by the ones behind a bad frame. pages: how many the file has after the last
-    of them, None without one. problem: what is damaged, None when nothing is."""
+    of them, None without one. problem: what is damaged, None when nothing is. begins: whether it has a head,
+    as every log has to which something was committed."""
 
     states: list[dict[int, int]] = field(default_factory=list)
     pages: int | None = None
     problem: str | None = None
+    begins: bool = False
 
 
 @dataclass(slots=True)
@@ -49,9 +51,13 @@ def read_log(data: bytes) -> Log:
     """What the log with the bytes `data` says.
 
     Each transaction is on the disk before the next one is written. So one with a bad frame is damaged when
-    another follows; the last one may be of a power loss before it was committed, and does not count.
+    another follows; the last one may be of a power loss before it was committed, and does not count. A head
+    that is not good is damaged even when nothing can be read behind it: one that a power loss has torn is
+    treated like that at no cost, since nothing was committed behind it. All zeros: it was never written.
     """
-    good_head, transactions = _transactions(data)
+    begins, sums, computed = _head(data)
+    transactions = _transactions(data, begins, sums, computed)
+    good_head = begins or data.count(0) == len(data)
     seen: list[_Transaction] = []
     for transaction in transactions if good_head else []:
         if not (transaction.whole and transaction.pages):
@@ -67,6 +73,9 @@ def read_log(data: bytes) -> Log:
         where = f"frame {bad[0].first_frame}" if bad else "its head"
         problem = f"the log is damaged at {where}, and transactions follow"
         behind = bad + committed
+    elif not good_head:
+        problem = "the log is damaged at its head, and nothing can be read behind it"
+        behind = []
     else:
         behind = []
     states: list[dict[int, int]] = []
@@ -77,27 +86,37 @@ def read_log(data: bytes) -> Log:
         if frames:
             states.append(frames)
     last = (seen + committed)[-1:]
-    return Log(states, last[0].pages if last else None, problem)
+    return Log(states, last[0].pages if last else None, problem, begins)
 
 
-def _transactions(data: bytes) -> tuple[bool, list[_Transaction]]:
-    """Whether the head is good, and what looks like a transaction."""
-    count = (len(data) - _HEADER_BYTES) // _FRAME_BYTES
-    if count <= 0:
-        return True, []
+def _head(data: bytes) -> tuple[bool, _Sums, tuple[int, int]]:
+    """Whether the head is good; by which sums its log is, and what they make of it."""
+    if len(data) < _HEADER_BYTES:
+        return False, _sums(big_endian=False), (0, 0)
     magic, version, size, _, *_ = struct.unpack_from(">8I", data)
     good = (magic & ~1, version, size) == (_MAGIC, _VERSION, PAGE_BYTES)
     sums = _sums(big_endian=good and bool(magic & 1))
-    known, computed = struct.unpack_from(">2I", data, 24), sums.of(data[:24], (0, 0))
-    good = good and known == computed
-    if not good:  # what it says of its byte order is no more to be believed
-        sums = _Sums(big_endian=sys.byteorder == "big")
-        computed = sums.of(data[:24], (0, 0))
+    computed = sums.of(data[:24], (0, 0))
+    if good and computed == struct.unpack_from(">2I", data, 24):
+        return True, sums, computed
+    # What it says of its byte order is no more to be believed.
+    sums = _sums(big_endian=sys.byteorder == "big")
+    return False, sums, sums.of(data[:24], (0, 0))
+
+
+def _transactions(
+    data: bytes, good: bool, sums: _Sums, computed: tuple[int, int]
+) -> list[_Transaction]:
+    """What looks like a transaction, in a log whose head is good, or not."""
+    count = (len(data) - _HEADER_BYTES) // _FRAME_BYTES
+    if count <= 0:
+        return []
+    known = struct.unpack_from(">2I", data, 24)
     # Of a log that was begun anew, older frames may follow: their salts differ.
-    salts = data[16:24] if good else data[_HEADER_BYTES + 8 : _HEADER_BYTES + 16]
+    salts = data[16:24] if good else _first_salts(data, count, sums, [known, computed])
     found: list[_Transaction] = []
     current: _Transaction | None = None
-    for frame, number, after, valid in _frames(data, count, sums, salts, [known, computed]):
+    for frame, number, after, valid in _frames(data, 0, count, sums, salts, [known, computed]):
         if current is None:
             current = _Transaction(frame)
             found.append(current)
@@ -108,14 +127,26 @@ def _transactions(data: bytes) -> tuple[bool, list[_Transaction]]:
             current.whole = False
         if after:
             current = None
-    return good, [one for one in found if one.frames or not one.whole]
+    return [one for one in found if one.frames or not one.whole]
+
+
+def _first_salts(data: bytes, count: int, sums: _Sums, seeds: list[tuple[int, ...]]) -> bytes:
+    """Those of the first frame that is as it was written, b"" without one: the sums do not cover them."""
+    for frame in range(count):
+        at = _HEADER_BYTES + frame * _FRAME_BYTES
+        salts = data[at + 8 : at + 16]
+        _, _, _, valid = next(_frames(data, frame, 1, sums, salts, seeds))
+        if valid:
+            return salts
+        seeds = [struct.unpack_from(">2I", data, at + 16)]
+    return b""
 
 
 def _frames(
-    data: bytes, count: int, sums: _Sums, salts: bytes, seeds: list[tuple[int, ...]]
+    data: bytes, first: int, count: int, sums: _Sums, salts: bytes, seeds: list[tuple[int, ...]]
 ) -> Iterator[tuple[int, int, int, bool]]:
     """(frame, page, pages after the transaction that it ends or 0, whether it is as it was written)."""
-    for frame in range(count):
+    for frame in range(first, first + count):
         at = _HEADER_BYTES + frame * _FRAME_BYTES
         number, after = struct.unpack_from(">2I", data, at)
         known = struct.unpack_from(">2I", data, at + 16)

@@ -65,7 +65,8 @@ class Pages:
     the log. Each is a view that falls back on those before it.
 
     log_problem: what is wrong with the log, None when nothing is. A transaction that was being written at the
-    end is no damage.
+    end is no damage. log_begins: whether the log has a head, as every one has to which something was
+    committed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,6 +75,7 @@ class Pages:
         self._log: BinaryIO = log.open("rb") if log.exists() else io.BytesIO()
         said = read_log(self._log.read())
         self.log_problem = said.problem
+        self.log_begins = said.begins
         self._states: list[dict[int, int]] = [{}, *said.states]
         self._count_after = said.pages
         self._size = self._file.seek(0, os.SEEK_END)

@@ -48,8 +48,10 @@ def set_aside_database(path: Path, quarantine: Path, reason: str) -> None:
         # First: replayed into a new file in its place it would damage that.
         with contextlib.suppress(FileNotFoundError):
             shutil.move(f"{path}{suffix}", quarantine / f"{name}{suffix}")
-    with contextlib.suppress(FileNotFoundError):
+    try:
         set_aside(path, quarantine, name, reason)
+    except FileNotFoundError:
+        logger.error("%s is not there: %s", path, reason)
 
 
 def sync(path: Path) -> None:

@@ -123,7 +123,11 @@ class Spool:
         self._changed = threading.Condition()
         self._wakes = 0
         self._commits = GroupCommit(
-            self._writer, linger_s=linger_s, is_damage=is_damage, mend=self._mend
+            self._writer,
+            linger_s=linger_s,
+            is_damage=is_damage,
+            mend=self._mend,
+            committed=self._file.note_commit,
         )
 
     def _use(self, connection: sqlite3.Connection) -> None:
@@ -134,7 +138,7 @@ class Spool:
 
     def _mend(self, error: Exception) -> sqlite3.Connection:
         """On the writing thread: a connection to what could be saved of the damaged file."""
-        self._writer.close()
+        self._file.close(self._writer)
         try:
             self._use(self._file.replace(str(error)))
         except OSError as problem:
@@ -467,7 +471,7 @@ class Spool:
     def close(self) -> None:
         """Finishes what was submitted and closes the file."""
         self._commits.close()
-        self._writer.close()
+        self._file.close(self._writer)
 
     # --- on the writing thread
 

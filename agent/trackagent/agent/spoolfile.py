@@ -5,6 +5,10 @@ Opening looks at what is small, however large the backlog is; batches are checke
 A damaged file goes to `quarantine/` with its log and the reason, and a new one begins with what can be read
 of it (salvage.py). The new one is whole before the old one moves, so a crash in between changes nothing:
 <name>.salvaging is being written, <name>.salvaged is to take the place of the damaged one.
+
+SQLite takes a log that is missing or empty for one that was done with. So <name>.logged lies beside the
+file from the first commit, before anybody is told of it, until the file is closed or the process exits; a
+process that is killed leaves it. Where it lies, the log has a head, or it is damaged.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import logging
 import os
 import sqlite3
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from uuid import uuid4
@@ -65,6 +70,11 @@ class SpoolFile:
         self._quarantine = path.parent / "quarantine"
         self._begun = path.with_name(f"{path.name}.salvaging")
         self._ready = path.with_name(f"{path.name}.salvaged")
+        self._log = path.with_name(f"{path.name}-wal")
+        self._mark = path.with_name(f"{path.name}.logged")
+        self._mark_failed = False
+        # Not None: the mark is there. Whoever exits without `close` closes the file all the same.
+        self._unmarking: Callable[[], object] | None = None
 
     def open(self) -> sqlite3.Connection:
         """A connection to the file, which is made if it is missing, and replaced if it is damaged. SpoolError
@@ -72,34 +82,66 @@ class SpoolFile:
         try:
             if self._ready.exists():
                 self._finish_replacing("damaged; the agent ended while it was replaced")
-            problem = self._problem()
+            problem, lost = self._problem()
             if problem is None:
                 try:
-                    return self._opened()
+                    connection = self._opened()
+                    if self._mark.exists():
+                        self._unmark_at_exit()
+                    return connection
                 except (sqlite3.Error, UnicodeDecodeError) as error:
                     if not is_damage(error):
                         raise
                     problem = str(error)
-            return self.replace(problem)
+            return self.replace(problem, lost=lost)
         except (sqlite3.Error, OSError) as error:
             raise SpoolError(f"cannot open the spool {self._path}: {error}") from error
 
-    def replace(self, reason: str) -> sqlite3.Connection:
-        """A connection to a new file that has what can be read of the damaged one, which nobody has open."""
+    def close(self, connection: sqlite3.Connection) -> None:
+        """Closes what `open` or `replace` gave; SQLite brings the log into the file and deletes it then."""
+        if self._unmarking is not None:
+            self._unmarking()
+            self._unmarking = None
+        connection.close()
+
+    def note_commit(self) -> None:
+        """Something is committed. To be called before anybody is told of it."""
+        if self._unmarking is not None:
+            return
+        try:
+            if not self._log.stat().st_size:
+                return
+            self._mark.touch(mode=0o600)
+            sync(self._mark)
+            sync(self._path.parent)
+            self._unmark_at_exit()
+        except OSError as error:
+            # The commit stands. What this guards against is a second fault; the next commit tries again.
+            if not self._mark_failed:
+                logger.warning("cannot make %s: %s; trying again", self._mark, error)
+            self._mark_failed = True
+
+    def _unmark_at_exit(self) -> None:
+        self._unmarking = weakref.finalize(self, _unmark, self._mark, os.getpid())
+
+    def replace(self, reason: str, *, lost: int = 0) -> sqlite3.Connection:
+        """A connection to a new file that has what can be read of the damaged one, which nobody has open.
+        lost: batches of which nothing can be read, and that nobody knows of."""
         with contextlib.closing(Pages(self._path)) as pages:
             found = salvaged(pages)
+            found.lost += lost
             self._begun.unlink(missing_ok=True)
             self._fill(found, pages, reason)
         os.replace(self._begun, self._ready)
         self._finish_replacing(f"{reason}; {_summary(found)}")
         return self._opened()
 
-    def _problem(self) -> str | None:
-        """What is wrong with the file that SQLite would not notice, or not in time; None also where there is
-        none."""
-        log = self._path.with_name(f"{self._path.name}-wal")
-        if not self._path.exists() and not log.exists():
-            return None
+    def _problem(self) -> tuple[str | None, int]:
+        """What is wrong with the file that SQLite would not notice, or not in time; None also where there has
+        been none. And 1 where a whole log is lost: nobody knows how many batches it had."""
+        marked = self._mark.exists()
+        if not self._path.exists() and not self._log.exists():
+            return ("it is gone, and its log", 1) if marked else (None, 0)
         with contextlib.closing(Pages(self._path)) as pages:
             if pages.is_database and pages.version not in (0, VERSION):
                 if salvaged(pages).origin is None:
@@ -107,8 +149,14 @@ class SpoolFile:
                         f"the spool {self._path} has version {pages.version}, this program knows {VERSION}: "
                         "start the trackagent that wrote it"
                     )
-                return f"it says that it has version {pages.version}"
-            return pages.head_problem() or pages.log_problem or pages.freelist_problem()
+                return f"it says that it has version {pages.version}", 0
+            log_problem, lost = pages.log_problem, 0
+            if marked and not pages.log_begins and pages.views == 1:
+                lost = 1
+                log_problem = log_problem or (
+                    f"its log {self._log.name} is gone or empty, though the agent did not end"
+                )
+            return pages.head_problem() or log_problem or pages.freelist_problem(), lost
 
     def _opened(self) -> sqlite3.Connection:
         self._path.touch(mode=0o600)
@@ -129,6 +177,8 @@ class SpoolFile:
             connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.executescript(f"BEGIN;{schema()}{_named(uuid4().hex)}COMMIT;")
+            # So that the file is one without its log, too.
+            connection.execute("PRAGMA wal_checkpoint")
         else:
             connection.execute("PRAGMA journal_mode = WAL")
             _check(connection, tables)
@@ -173,9 +223,17 @@ class SpoolFile:
 
     def _finish_replacing(self, reason: str) -> None:
         """Puts the new file in the place of the damaged one, which is set aside with its log."""
+        _unmark(self._mark, os.getpid())
         set_aside_database(self._path, self._quarantine, reason)
         os.replace(self._ready, self._path)
         sync(self._path.parent)
+
+
+def _unmark(mark: Path, pid: int) -> None:
+    """The log is done with. First, so that a death in between looks like damage to nobody."""
+    if os.getpid() == pid and mark.exists():
+        mark.unlink()
+        sync(mark.parent)
 
 
 def _named(origin: str) -> str:
