@@ -4,6 +4,7 @@ is kept."""
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.samples import RUN_ID, losses, producer
+from tests.agent.samples import RUN_ID, losses, producer, said
 from tests.fakes import wait_until
 from trackagent.agent.deadletters import DeadLetters, found, mark
 from trackagent.agent.pipeline import Pipeline
@@ -19,6 +20,7 @@ from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
 from trackagent.agent.store import open_reader, open_writer
 from trackagent.agent.store.contract import Batch, Rejected, StoreError
+from trackagent.client.record import Kind
 
 ID = producer().producer_id
 
@@ -117,6 +119,54 @@ def test_a_run_is_told_when_its_stores_log_was_cut_off(node: Node) -> None:
     log.write_bytes(data[: len(data) - 10])
     node.deliver()
     assert (node.steps(), len(node.told())) == ([*range(10)], 1)
+
+
+def end(node: Node, status: str) -> None:
+    data = said(Kind.FINISH, {"status": status, "error": "", "records": 10})
+    node.spool.append(ID, 0, node.offset, data).result()
+    node.offset += len(data)
+    node.spool.end_producer(ID).result()
+
+
+@pytest.mark.parametrize("destroyed", ["random", "empty", "missing"])
+def test_a_run_whose_end_was_lost_with_its_stores_log_has_ended(node: Node, destroyed: str) -> None:
+    node.log(0, 10)
+    node.deliver()
+    with contextlib.closing(sqlite3.connect(node.path)) as reader:
+        reader.execute("SELECT * FROM runs").fetchall()  # so that the log stays
+        node.log(10, 20)
+        end(node, "finished")
+        node.deliver()
+        log = node.path.with_name("store.db-wal")
+        for name in (node.path, log):
+            shutil.copy(name, f"{name}.copy")
+    shutil.move(f"{node.path}.copy", node.path)
+    size = Path(f"{log}.copy").stat().st_size
+    if destroyed == "missing":
+        log.unlink(missing_ok=True)
+    else:
+        log.write_bytes(random.Random(1).randbytes(size) if destroyed == "random" else b"")
+    node.deliver()
+    with contextlib.closing(open_reader(node.path)) as reader:
+        (run,) = reader.runs()
+    assert (run.status, run.error) == (
+        "killed",
+        "it has ended; how it ended was lost with the store",
+    )
+    assert (node.steps(), len(node.told())) == ([*range(10)], 1)
+    aside = [*node.path.parent.glob("quarantine/*-store.db-wal")]
+    assert len(aside) == (destroyed == "random")
+
+
+def test_an_end_that_comes_after_what_is_lost_counts(node: Node) -> None:
+    node.log(0, 10)
+    node.deliver()
+    node.path.unlink()
+    end(node, "finished")
+    node.deliver()
+    with contextlib.closing(open_reader(node.path)) as reader:
+        (run,) = reader.runs()
+    assert (run.status, run.error) == ("finished", "")
 
 
 def test_nothing_is_told_of_a_store_that_has_everything(node: Node) -> None:

@@ -23,7 +23,7 @@ from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import decode
 from trackagent.agent.sinks.contract import Remembers, Sink
 from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
-from trackagent.agent.store.contract import Batch, BatchId, EventData, Loss, Rejected
+from trackagent.agent.store.contract import Batch, BatchId, EventData, Loss, ProducerEnd, Rejected
 from trackagent.client import record
 from trackagent.client.record import Kind
 
@@ -42,6 +42,7 @@ RETRY_INTERVAL_S = 0.5
 MANY_BATCHES = 4096
 # The reason by which records that a sink has lost are counted.
 GONE = "lost by the store"
+_END_GONE = "it has ended; how it ended was lost with the store"
 
 
 class _TimeIsUp(Exception):
@@ -127,17 +128,20 @@ class Pipeline(threading.Thread):
 
     def _tell_what_is_gone(self, origin: str, last: int) -> None:
         """A sink may have lost what it had accepted: its file is gone, an older copy of it came back, its log
-        was cut off. The runs are told under the ids of what is gone: once, however often this is begun."""
+        was cut off. The runs are told under the ids of what is gone: once, however often this is begun. Who
+        has ended ends there too: where the sink still has the end, or gets it yet, that one counts."""
         aside = self._letters.numbers(origin)
-        cursor, infos = self._spool.delivered_after(self._sink.name, last, aside).result()
-        if not infos:
+        cursor, producers = self._spool.delivered_after(self._sink.name, last, aside).result()
+        if not producers:
             return
         message = (
             f"sink {self._sink.name} does not have any more what it had accepted (batches {last + 1} to "
             f"{cursor}): records of this run are missing, some or all of those until now"
         )
         now = time.time_ns()
+        infos = [info for info, _ in producers]
         ids = [info.producer_id for info in infos]
+        ended = [info.producer_id for info, has_ended in producers if has_ended]
         # Dead letters keep their ids: they may yet be delivered.
         bounds = [last, *(number for number in aside if last < number <= cursor), cursor + 1]
         gone = [(at + 1, to - 1) for at, to in pairwise(bounds) if to - at > 1]
@@ -146,7 +150,8 @@ class Pipeline(threading.Thread):
             if (first, end) == gone[-1]:
                 events = [EventData(id_, now, "error", message) for id_ in ids]
                 losses = [Loss(id_, GONE, 1, more=True) for id_ in ids]
-                batch = replace(batch, events=events, losses=losses)
+                ends = [ProducerEnd(id_, now, "killed", _END_GONE, -1) for id_ in ended]
+                batch = replace(batch, events=events, losses=losses, ends=ends)
             self._sink.deliver(batch)
         logger.error("%s; %d producers are concerned", message, len(infos))
 

@@ -322,16 +322,18 @@ class Spool:
 
     def delivered_after(
         self, sink: str, number: int, aside: Sequence[int]
-    ) -> Future[tuple[int, list[ProducerInfo]]]:
+    ) -> Future[tuple[int, list[tuple[ProducerInfo, bool]]]]:
         """The last batch that counts as delivered to a sink, and who has logged batches after `number` up to
-        that one, as far as is known: of each lane, the last batch is, and it may be one of `aside`."""
+        that one, as far as is known, and whether it has ended: of each lane, the last batch is, and it may be
+        one of `aside`."""
 
-        def job() -> tuple[int, list[ProducerInfo]]:
+        def job() -> tuple[int, list[tuple[ProducerInfo, bool]]]:
+            tables = self._tables
             cursor = self._sink(sink).cursor
-            after = max(number, self._tables.renamed())
-            found = self._tables.last_delivered(after, cursor) if cursor > after else []
+            after = max(number, tables.renamed())
+            found = tables.last_delivered(after, cursor) if cursor > after else []
             producers = dict.fromkeys(producer for producer, last in found if last not in aside)
-            return cursor, [self._info(producer) for producer in producers]
+            return cursor, [(self._info(one), tables.has_ended(one)) for one in producers]
 
         return self._commits.submit(job)
 

@@ -201,6 +201,12 @@ class Tables:
         )
         return ended.rowcount > 0
 
+    def has_ended(self, number: int) -> bool:
+        found = self._execute(
+            "SELECT 1 FROM producers WHERE number = ? AND ended_ns IS NOT NULL", (number,)
+        )
+        return found.fetchone() is not None
+
     def infos(self) -> list[ProducerInfo]:
         """Of all producers that are remembered, those that have ended too."""
         return [
