@@ -133,7 +133,8 @@ class SpoolFile:
             self._begun.unlink(missing_ok=True)
             self._fill(found, pages, reason)
         os.replace(self._begun, self._ready)
-        self._finish_replacing(f"{reason}; {_summary(found)}")
+        what = "; all that its log held is lost" if lost else ""
+        self._finish_replacing(f"{reason}{what}; {_summary(found)}")
         return self._opened()
 
     def _problem(self) -> tuple[str | None, int]:
