@@ -142,10 +142,10 @@ def test_the_link_of_a_folder_in_the_making_is_not_followed(
     orphans: Orphans, left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(orphans_module, "SCAN_INTERVAL_S", 0.01)
-    monkeypatch.setattr(orphans_module, "TIDY_INTERVAL_S", 0.0)
-    unfinished = left.parent / f".{uuid4().hex}.4711"
+    monkeypatch.setattr(orphans_module, "MAKING_S", 0.0)
+    unfinished = left.parent / f".{uuid4().hex}.4711.0"
     unfinished.mkdir()
-    link = left.parent / ".being.made"
+    link = left.parent / f".{uuid4().hex}.4711.1"
     link.symlink_to(tmp_path)
     orphans.start()
     try:
