@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
 
@@ -32,6 +34,18 @@ def test_the_range_stays_the_same_until_it_is_delivered(opened: Spool) -> None:
     first = delivery(opened)
     appended(opened, 3)
     assert delivery(opened) == first
+
+
+def test_what_a_sink_has_yet_to_get_stays_while_its_cursor_is_lost(
+    opened: Spool, folders: Folders
+) -> None:
+    opened.add_sink("copy").result()
+    appended(opened, 1)
+    with contextlib.closing(sqlite3.connect(folders.state / "spool.db")) as other, other:
+        other.execute("DELETE FROM sinks WHERE name = 'copy'")
+    opened.delivered("store", delivery(opened).id.last).result()
+    opened.add_sink("copy").result()
+    assert spooled(opened, "copy") == [(0, 0, DATA)]
 
 
 def test_the_range_stays_the_same_whatever_size_is_asked_for(opened: Spool) -> None:

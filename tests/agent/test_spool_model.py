@@ -154,6 +154,8 @@ class SpoolAgainstLists(RuleBasedStateMachine):
         for rank in ranks:
             held = {lane: len(known) for (of, lane), known in self.lanes.items() if of == rank}
             retried(lambda rank=rank, held=held: self.spool.open_producer(producer(rank), held))
+        for sink in self.cursors:
+            self.agree(sink)
         for sink, cursor in self.cursors.items():
             got, told = self.drained(sink)
             keys = {one[:3] for one in got}
@@ -175,7 +177,6 @@ class SpoolAgainstLists(RuleBasedStateMachine):
         """What the sink gets, and the ranks in whose runs something is told."""
         got: list[Kept] = []
         told: set[int] = set()
-        self.agree(sink)
         while (found := self.following(sink)) is not None:
             origin, last = self.last.get(sink, ("", 0))
             assert found.id.origin != origin or found.id.first > last

@@ -116,6 +116,7 @@ class Spool:
         self._max_bytes = max_bytes
         self._file = SpoolFile(path, connect)
         self._use(self._file.open())
+        self._sinks: set[str] = set()
         self._received_bytes = 0
         self._infos: dict[int, ProducerInfo] = {}
         self._schemas: dict[tuple[int, int], tuple[str, ...]] = {}
@@ -277,10 +278,12 @@ class Spool:
 
     def add_sink(self, name: str) -> Future[str]:
         """A sink that starts with the oldest batch there is; changes nothing if it is known. The result is
-        the origin under which it gets its batches."""
+        the origin under which it gets its batches. From here on nothing is deleted that it has yet to get,
+        also while its cursor is lost with a damaged file."""
 
         def job() -> str:
             tables = self._tables
+            self._sinks.add(name)
             sink = tables.sink(name)
             if sink is None:
                 sink = SinkState(tables.origin(), tables.ends()[0] - 1)
@@ -316,7 +319,7 @@ class Spool:
                     last,
                     self._first_since - 1,
                 )
-            tables.delete_delivered()
+            self._delete_delivered()
 
         return self._commits.submit(job)
 
@@ -387,7 +390,7 @@ class Spool:
             for producer_id, encoded in own_records:
                 # A full spool must not keep a batch from leaving it.
                 self._append(producer_id, AGENT_LANE, None, encoded, [], capped=False)
-            self._tables.delete_delivered()
+            self._delete_delivered()
             self._give_pages()
 
         return self._commits.submit(job)
@@ -521,6 +524,10 @@ class Spool:
         if execute("PRAGMA freelist_count").fetchone()[0] > KEPT_PAGES:
             for _ in range(KEPT_PAGES // 4):
                 execute("PRAGMA incremental_vacuum(1)")  # Python's sqlite3 stops after one page
+
+    def _delete_delivered(self) -> None:
+        if self._sinks <= self._tables.sinks().keys():
+            self._tables.delete_delivered()
 
     def _sink(self, name: str) -> SinkState:
         sink = self._tables.sink(name)
