@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,7 +18,7 @@ from grpc_health.v1.health import aio as health_aio
 from trackagent.agent import producers
 from trackagent.agent.access import Access
 from trackagent.agent.config import AgentConfig
-from trackagent.agent.messages import Readable
+from trackagent.agent.interceptors import Discreet, Readable
 from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import OutOfOrder, Spool, SpoolError, SpoolFull, UnknownProducer
 from trackagent.agent.store.contract import ProducerInfo, StoreError
@@ -281,7 +280,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
 async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.aio.Server:
     """Serves `servicer` and grpc.health.v1 at `address`. OSError when it cannot listen there."""
     server = grpc.aio.server(
-        interceptors=[_Discreet(), Readable()],
+        interceptors=[Discreet(), Readable()],
         options=[
             ("grpc.max_receive_message_length", max_batch_bytes + 64 * 1024),
             ("grpc.so_reuseport", 0),
@@ -301,54 +300,6 @@ async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.
     for service in ("", SERVICE):
         await health.set(service, health_pb2.HealthCheckResponse.SERVING)
     return server
-
-
-class _Discreet(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
-    """What goes wrong unexpectedly is for the agent's log: gRPC would tell the caller, with whatever the
-    exception says of files and of others."""
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return handler
-        method = handler_call_details.method
-        codec = handler.request_deserializer, handler.response_serializer
-        if handler.unary_unary is not None:
-
-            async def answer(request: object, context: Context) -> object:
-                async with _unexpected_is_logged(method, context):
-                    return await handler.unary_unary(request, context)
-
-            return grpc.unary_unary_rpc_method_handler(answer, *codec)
-        if handler.stream_stream is not None:
-
-            async def answers(
-                requests: AsyncIterator[object], context: Context
-            ) -> AsyncIterator[object]:
-                async with (
-                    _unexpected_is_logged(method, context),
-                    contextlib.aclosing(handler.stream_stream(requests, context)) as found,
-                ):
-                    async for one in found:
-                        yield one
-
-            return grpc.stream_stream_rpc_method_handler(answers, *codec)
-        return handler
-
-
-@contextlib.asynccontextmanager
-async def _unexpected_is_logged(method: str, context: Context) -> AsyncIterator[None]:
-    try:
-        yield
-    except grpc.aio.BaseError:
-        raise  # an answer of ours, or gRPC's own word of a call whose caller is gone
-    except Exception:
-        logger.exception("%s failed", method)
-        await _abort(context, grpc.StatusCode.INTERNAL, "the agent failed: see its log")
 
 
 async def _result(job: Future[T], context: Context) -> T:
