@@ -15,7 +15,7 @@ import pytest
 
 from tests.agent.samples import TIME_NS, journal, log_losses, producer
 from tests.fakes import Folders, wait_until
-from trackagent.agent.deaths import LastRecord, MemoryGroup, event, memory_group
+from trackagent.agent.deaths import MemoryGroup, memory_group
 from trackagent.agent.decode import decode
 from trackagent.agent.orphans import MAKING_S, Orphans
 from trackagent.agent.spool import Spool
@@ -102,42 +102,6 @@ def test_the_group_of_a_real_process_is_the_kernels(tmp_path: Path) -> None:
     with path.open("w"):
         seen = memory_group(os.getpid(), path)
     assert seen is None or seen.killed_since() == 0
-
-
-# --- the event
-
-LAST = LastRecord(step=1234, time_ns=1_700_000_000_123_456_789)
-
-
-def test_the_event_names_rank_node_step_and_time() -> None:
-    assert event(producer(3), LAST, 0) == {
-        "level": "error",
-        "message": "rank 3 on node host-a (pid 4711) died without finish(): last step 1234 at "
-        "2023-11-14 22:13:20 UTC",
-        "rank": 3,
-        "node": "host-a",
-        "pid": 4711,
-        "last_step": 1234,
-        "last_time_ns": 1_700_000_000_123_456_789,
-        "oom_killed": 0,
-    }
-
-
-@pytest.mark.parametrize(("kills", "said"), [(1, "1 process"), (2, "2 processes")])
-def test_the_event_says_that_memory_ran_out(kills: int, said: str) -> None:
-    told = event(producer(3), LAST, kills)
-    assert told["message"].endswith(
-        f"; since it was first seen, the kernel killed {said} of its control group for lack of memory"
-    )
-    assert told["oom_killed"] == kills
-
-
-def test_the_event_of_a_rank_that_logged_nothing_says_so() -> None:
-    assert event(producer(), LastRecord(), None)["message"].endswith("no step is known of it")
-
-
-def test_a_time_that_no_calendar_has_does_not_hold_up_the_event() -> None:
-    assert "last step 1 at" in event(producer(), LastRecord(1, 2**63 - 1), None)["message"]
 
 
 # --- as orphans tell it

@@ -1,19 +1,16 @@
-"""What can be said of a rank that died: where it had come to, and whether memory ran out.
+"""What is known of a rank that died: where it had come to, and whether memory ran out.
 
-Only what is known is said. The last step stands in the segments that the rank left: the last one of each
-lane is kept until its owner ends. Whether the kernel killed for lack of memory is told by a counter of the
-rank's control group, read while the rank lived and once more after its death.
+The last step stands in the segments that the rank left: the last one of each lane is kept until its owner
+ends. Whether the kernel killed for lack of memory is told by a counter of the rank's control group, read
+while the rank lived and once more after its death.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from trackagent.agent.processes import holds
-from trackagent.agent.store.contract import ProducerInfo
 from trackagent.client import record
 from trackagent.client.record import HEAD, Kind
 from trackagent.client.segment import HEADER_BYTES
@@ -87,40 +84,6 @@ def memory_group(
             if count is not None:
                 return MemoryGroup(events, count)
     return None
-
-
-def event(info: ProducerInfo, last: LastRecord, oom_kills: int | None) -> dict[str, Any]:
-    """The event that says that a rank died, as an EVENT record holds it. oom_kills: processes that the kernel
-    killed in the rank's memory group while it was watched, None when that is not known."""
-    message = f"{info.source} on node {info.node} (pid {info.pid}) died without finish(): "
-    if last.step is None or last.time_ns is None:
-        message += "no step is known of it"
-    else:
-        message += f"last step {last.step} at {_clock(last.time_ns)} UTC"
-    if oom_kills:
-        processes = "1 process" if oom_kills == 1 else f"{oom_kills} processes"
-        message += (
-            f"; since it was first seen, the kernel killed {processes} of its control group "
-            "for lack of memory"
-        )
-    return {
-        "level": "error",
-        "message": message,
-        "rank": info.rank,
-        "node": info.node,
-        "pid": info.pid,
-        "last_step": last.step,
-        "last_time_ns": last.time_ns,
-        "oom_killed": oom_kills,
-    }
-
-
-def _clock(time_ns: int) -> str:
-    try:
-        when = datetime.fromtimestamp(time_ns // 10**9, tz=timezone.utc)
-    except (OverflowError, ValueError, OSError):
-        return f"{time_ns} ns after 1970-01-01"
-    return when.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _oom_kills(events: Path) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trackagent.agent.notices import UNREADABLE
 from trackagent.agent.spool import AGENT_LANE, Delivery, SpooledBatch
 from trackagent.agent.store.contract import (
     Batch,
@@ -35,7 +36,6 @@ Keys = Callable[[int, int], "tuple[str, ...] | None"]
 
 LEVELS = ("info", "warning", "error")
 STATUSES = ("finished", "failed", "killed")
-UNREADABLE = "unreadable records"
 # Records with more keys become several Points: stores limit their columns.
 MAX_KEYS_TOGETHER = 4096
 # Containers within containers in what an event carries.

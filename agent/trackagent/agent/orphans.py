@@ -22,13 +22,12 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from trackagent.agent import deaths, producers
-from trackagent.agent.decode import UNREADABLE
+from trackagent.agent import deaths, notices, producers
 from trackagent.agent.errors import AgentError
 from trackagent.agent.quarantine import set_aside
 from trackagent.agent.spool import Spool
@@ -181,7 +180,7 @@ class Orphans(threading.Thread):
             }
             for id_, since in self._gone.items():
                 if now - since >= self._gone_after_s:
-                    self._spool.end_producer(id_, _final_records_of_the_gone(infos[id_])).result()
+                    self._spool.end_producer(id_, notices.vanished(infos[id_])).result()
                     logger.warning("%s (run %s) is gone", infos[id_].source, infos[id_].run_id)
         except (AgentError, sqlite3.Error) as error:
             logger.warning("cannot look for producers that are gone: %s; trying again", error)
@@ -222,12 +221,7 @@ class Orphans(threading.Thread):
     def _adopt(self, folders: list[Path]) -> None:
         info = self._read(folders, live=False)
         if info is not None:
-            killed = {
-                "status": "killed",
-                "error": "the process ended without finish()",
-                "records": -1,
-            }
-            final_records = self._death_event(info, folders) + _encode(Kind.FINISH, killed)
+            final_records = self._notice_of_death(info, folders) + notices.killed()
             self._spool.end_producer(info.producer_id, final_records).result()
             logger.info(
                 "%s (run %s, pid %d) has ended: its journal is delivered",
@@ -238,7 +232,7 @@ class Orphans(threading.Thread):
         for folder in folders:
             shutil.rmtree(folder)
 
-    def _death_event(self, info: ProducerInfo, folders: list[Path]) -> bytes:
+    def _notice_of_death(self, info: ProducerInfo, folders: list[Path]) -> bytes:
         """The event that a rank died; nothing for one that had said its end, and for what a rank forked: such
         processes end as they like."""
         if info.forked:
@@ -255,7 +249,7 @@ class Orphans(threading.Thread):
             return b""
         group = self._memory.get(info.producer_id.hex())
         kills = None if group is None else group.killed_since()
-        return _encode(Kind.EVENT, deaths.event(info, last, kills))
+        return notices.died(info, last, kills)
 
     def _remove_unmade(self) -> None:
         """Removes folders whose makers died before they had given them their name."""
@@ -289,9 +283,8 @@ class Orphans(threading.Thread):
             held.setdefault(found.lane, max(found.base, found.acknowledged))
         committed = self._spool.open_producer(info, held).result()
         for problem in problems:
-            event = {"level": "error", "message": problem}
-            words = _encode(Kind.EVENT, event) + _encode(Kind.LOSS, {UNREADABLE: 1})
-            self._spool.append_own(info.producer_id, words).result()
+            notice = notices.unreadable_segment(problem)
+            self._spool.append_own(info.producer_id, notice).result()
         for found, following in zip(segments, [*segments, None][1:], strict=True):
             more = following is not None and following.lane == found.lane
             if live and more and following is not None and following.number > found.number + 1:
@@ -412,19 +405,6 @@ def _found(path: Path) -> _Found | None:
     return _Found(
         path, info, header.lane, header.base, header.number, header.acknowledged, without_sender
     )
-
-
-def _final_records_of_the_gone(info: ProducerInfo) -> bytes:
-    """The event and the end of a producer whose journal vanished."""
-    error = "its process and its journal are gone: what it had not delivered is unknown"
-    message = f"{info.source} on node {info.node} (pid {info.pid}) never ended: {error}"
-    event = {"level": "error", "message": message, "rank": info.rank, "node": info.node}
-    killed = {"status": "killed", "error": error, "records": -1}
-    return _encode(Kind.EVENT, event) + _encode(Kind.FINISH, killed)
-
-
-def _encode(kind: Kind, data: Mapping[str, object]) -> bytes:
-    return record.encode_json(kind, data, step=record.NO_STEP, time_ns=time.time_ns())
 
 
 def _pieces(offsets: list[int], start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
+from trackagent.agent import notices
 from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import decode
 from trackagent.agent.sinks.contract import Remembers, Sink
@@ -203,7 +204,9 @@ class Pipeline(threading.Thread):
         letter = self._letters.keep(delivery.id.origin, batch, reason, self._schemas_of(batch))
         # What the agent itself says about a rejection may be rejected too; that is not told again.
         own_records = (
-            [] if batch.lane == AGENT_LANE else [(batch.producer.producer_id, _told(letter))]
+            []
+            if batch.lane == AGENT_LANE
+            else [(batch.producer.producer_id, notices.rejected(letter))]
         )
         self._spool.delivered(
             self._sink.name, delivery.id.last, rejected=True, own_records=own_records
@@ -287,15 +290,3 @@ class Pipeline(threading.Thread):
         else:
             left = self._deadline - time.monotonic()
             time.sleep(max(0.0, min(seconds, left, MAX_BACKOFF_STOPPING_S)))
-
-
-def _told(letter: DeadLetter) -> bytes:
-    """The event about a letter."""
-    data = {
-        "level": "error",
-        "message": f"sink {letter.sink} rejects {letter.records} records for good: {letter.reason}; they are "
-        f"kept as dead letter {letter.id}",
-        "dead_letter": letter.id,
-        "bytes": letter.size,
-    }
-    return record.encode_json(Kind.EVENT, data, step=record.NO_STEP, time_ns=letter.time_ns)

@@ -24,14 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from trackagent.agent import notices
 from trackagent.agent.commits import GroupCommit
-from trackagent.agent.spoolfile import (
-    SpoolError,
-    SpoolFile,
-    elsewhere,
-    is_damage,
-    missing_bytes,
-)
+from trackagent.agent.spoolfile import SpoolError, SpoolFile, is_damage
 from trackagent.agent.spooltables import AGENT_LANE, SinkState, Tables
 from trackagent.agent.store.contract import BatchId, ProducerInfo
 from trackagent.client import record
@@ -171,14 +166,14 @@ class Spool:
             missing = b""
             if number is None:
                 number = tables.add_producer(info)
-                missing = elsewhere(held)
+                missing = notices.taken_elsewhere(held)
                 for lane, offset in held.items():
                     tables.set_lane(number, lane, offset, 0)
             for lane, offset in held.items():
                 committed, last = tables.lane(number, lane)
                 if offset > committed:
                     tables.set_lane(number, lane, offset, last)
-                    missing += missing_bytes(lane, committed, offset, _ELSEWHERE)
+                    missing += notices.lost_bytes(lane, committed, offset, _ELSEWHERE)
             if missing:
                 tables.append(number, AGENT_LANE, missing)
             for schema_id, keys in known:

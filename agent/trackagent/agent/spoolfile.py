@@ -17,12 +17,12 @@ import contextlib
 import logging
 import os
 import sqlite3
-import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
+from trackagent.agent import notices
 from trackagent.agent.errors import AgentError
 from trackagent.agent.pagelog import PAGE_BYTES
 from trackagent.agent.pages import Pages
@@ -38,12 +38,9 @@ from trackagent.agent.spooltables import (
     names_of,
     schema,
 )
-from trackagent.client import record
-from trackagent.client.record import Kind
 
 logger = logging.getLogger(__name__)
 
-LOST = "lost with a damaged spool"
 _SHOWN_HOLES = 20
 
 
@@ -216,9 +213,8 @@ class SpoolFile:
                 tables.put_batch((*row, head.previous), data)
             for hole in found.holes:
                 why = f"the spool was damaged: {reason}"
-                tables.append(
-                    hole.producer, AGENT_LANE, missing_bytes(hole.lane, hole.start, hole.end, why)
-                )
+                notice = notices.lost_bytes(hole.lane, hole.start, hole.end, why)
+                tables.append(hole.producer, AGENT_LANE, notice)
             connection.execute("COMMIT")
         sync(self._begun)
 
@@ -269,33 +265,6 @@ def _checked_rows(connection: sqlite3.Connection, table: str, name: str) -> int:
     return count
 
 
-def missing_bytes(lane: int, start: int | None, end: int, why: str) -> bytes:
-    """What the agent says in a run about bytes of a lane that it acknowledged and no longer has: an event,
-    and a loss of one record, since nobody knows how many there were."""
-    what = f"{_described_range(lane, start, end)} are lost: {why}"
-    data = {"level": "error", "message": what, "lane": lane, "start": start, "end": end}
-    time_ns = time.time_ns()
-    return b"".join(
-        record.encode_json(kind, content, step=record.NO_STEP, time_ns=time_ns)
-        for kind, content in ((Kind.EVENT, data), (Kind.LOSS, {LOST: 1}))
-    )
-
-
-def elsewhere(held: Mapping[int, int]) -> bytes:
-    """What the agent says in the run of a producer that it does not know, and whose journal begins at these
-    offsets of its lanes; b"" where that is the beginning."""
-    before = {str(lane): offset for lane, offset in held.items() if offset > 0}
-    if not before:
-        return b""
-    what = (
-        f"{sum(before.values())} bytes of before are not here. Either an agent with another spool took them: "
-        "then what that one had not delivered comes when it is started again, and not at all if its spool is "
-        "gone. Or they lay in a file that was set aside"
-    )
-    data = {"level": "warning", "message": what, "before": before}
-    return record.encode_json(Kind.EVENT, data, step=record.NO_STEP, time_ns=time.time_ns())
-
-
 def _summary(found: Salvaged) -> str:
     missing = [_described(hole) for hole in found.holes[:_SHOWN_HOLES]]
     if len(found.holes) > _SHOWN_HOLES:
@@ -309,10 +278,4 @@ def _summary(found: Salvaged) -> str:
 
 
 def _described(hole: Hole) -> str:
-    return f"of producer {hole.producer} {_described_range(hole.lane, hole.start, hole.end)}"
-
-
-def _described_range(lane: int, start: int | None, end: int) -> str:
-    if start is None:
-        return f"bytes of lane {lane} before offset {end}"
-    return f"{end - start} bytes of lane {lane} before offset {end}"
+    return f"of producer {hole.producer} {notices.described_bytes(hole.lane, hole.start, hole.end)}"
