@@ -101,22 +101,29 @@ class Ranks:
 
 @dataclass(slots=True)
 class History:
-    """What one process has decided so far."""
+    """What one process, and those that it was forked from, have decided so far. ranks: what the last of them
+    that was a rank was told; pid: that one's."""
 
     calls: int = 0
     attempts: dict[str, int] = field(default_factory=dict)
     inherited: set[str] = field(default_factory=set)
+    ranks: Ranks | None = None
+    pid: int = 0
+
+    def belongs_to(self, ranks: Ranks) -> bool:
+        """Whether this process was forked by the rank that it takes itself for."""
+        return ranks == self.ranks and os.getpid() != self.pid
 
 
 _HISTORY = History()
 
 
-def run_is_inherited(run_id: str) -> None:
-    """In a process that was forked by a rank of this run: where it becomes another rank of the run, it takes
-    part in the same attempt."""
-    if run_id in _HISTORY.attempts and run_id not in _HISTORY.inherited:
-        _HISTORY.inherited.add(run_id)
-        _HISTORY.attempts[run_id] -= 1
+def run_is_inherited(run_id: str, history: History = _HISTORY) -> None:
+    """In a process that was forked by a rank of this run: where it begins this run itself, as another rank or
+    beside that one, it takes part in the same attempt."""
+    if run_id in history.attempts and run_id not in history.inherited:
+        history.inherited.add(run_id)
+        history.attempts[run_id] -= 1
 
 
 def decide(
@@ -146,6 +153,13 @@ def decide(
     )
     link, group, obstacle = (find or find_link)(environ)
     ranks = _ranks_here(group, environ)
+    told = ranks
+    belongs = history.belongs_to(ranks)
+    if belongs:
+        # The rank that forked it speaks with the others. This one has a run of its own, or is one more
+        # process of the run that it was given.
+        link = None
+        ranks = ranks if given else Ranks(rank=0, local_rank=0, world_size=1)
     caller = _Caller(
         ranks=ranks,
         call=history.calls + 1,
@@ -169,6 +183,8 @@ def decide(
             f"run id {given} from {origin} is ignored on rank {ranks.rank}: "
             f"rank 0 decided on {word.run_id}",
         )
+    if not belongs:
+        history.ranks, history.pid = told, os.getpid()
     history.calls = caller.call
     history.attempts[word.run_id] = word.attempt - first_attempt + 1
     if agreed.server is not None:
