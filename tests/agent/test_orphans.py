@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import trackagent.agent.orphans as orphans_module
+import trackagent.agent.segments as segments_module
 import trackagent.agent.store as store
 from tests.agent.samples import (
     RUN_ID,
@@ -211,7 +212,7 @@ def test_a_journal_without_a_record_notes_an_end(
 def test_a_large_segment_is_spooled_in_pieces(
     spool: Spool, orphans: Orphans, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orphans_module, "READ_BYTES", 8192)
+    monkeypatch.setattr(segments_module, "READ_BYTES", 8192)
     left_behind(folders)
     orphans.look()
     delivery = spool.next_delivery("store", 1 << 40).result()
@@ -595,14 +596,14 @@ def test_one_journal_that_cannot_be_read_holds_up_no_other(
     other = journal(folders, producer(1))
     log_losses(other, range(3))
     other.close()
-    read = orphans_module._found
+    read = segments_module._segment_file
 
     def failing(path: Path) -> object:
         if path.parent.name == NAME:
             raise OSError(5, "Input/output error")
         return read(path)
 
-    monkeypatch.setattr(orphans_module, "_found", failing)
+    monkeypatch.setattr(segments_module, "_segment_file", failing)
     orphans.look()
     assert (steps(spool), [path.name for path in folders.journals()]) == (list(range(3)), [NAME])
 
@@ -618,7 +619,7 @@ def test_a_journal_that_cannot_be_read_is_told_once(
     def failing(path: Path) -> object:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(orphans_module, "_found", failing)
+    monkeypatch.setattr(segments_module, "_segment_file", failing)
     for _ in range(3):
         orphans.look()
     assert caplog.messages == [f"journal {NAME}: [Errno 5] Input/output error; trying again"]

@@ -14,7 +14,6 @@ import contextlib
 import fcntl
 import logging
 import math
-import mmap
 import os
 import re
 import shutil
@@ -23,48 +22,29 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from trackagent.agent import deaths, notices, producers
+from trackagent.agent import deaths, notices
 from trackagent.agent.errors import AgentError
 from trackagent.agent.quarantine import set_aside
+from trackagent.agent.segments import NotOurs, SegmentFile, copies, pieces, segment_files
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import ProducerInfo
 from trackagent.client import record
 from trackagent.client.folder import LOCK_NAME
-from trackagent.client.record import Kind
-from trackagent.client.segment import HEADER_BYTES, SUFFIX, read_header
+from trackagent.client.segment import HEADER_BYTES
 from trackagent.client.trust import check_folder
 
 logger = logging.getLogger(__name__)
 
 SCAN_INTERVAL_S = 1.0
 TIDY_INTERVAL_S = 3600.0
-READ_BYTES = 1024 * 1024
-# The largest that a client can be told to make.
-MAX_SEGMENT_BYTES = 64 * 1024 * 1024
 # How long a folder that nobody holds may be in the making; then its maker is dead.
 MAKING_S = 60.0
 # How often, at least, producers without a journal are looked for.
 GONE_INTERVAL_S = 60.0
-_LOGGED_ONCE = (Kind.METRICS, Kind.NAMED, Kind.EVENT)
 _PRODUCER_ID = re.compile(r"[0-9a-f]{32}")
 _IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+")
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """One segment file with records."""
-
-    path: Path
-    info: ProducerInfo
-    lane: int
-    base: int
-    number: int
-    acknowledged: int
-    without_sender: bool
 
 
 class Orphans(threading.Thread):
@@ -203,7 +183,7 @@ class Orphans(threading.Thread):
                     self._adopt(folders)
                 return
         if name not in self._live:
-            segments = list(self._segments(folders))
+            segments = segment_files(folders)
             if segments:
                 info = segments[0].info
                 self._live[name] = info.forked or segments[0].without_sender
@@ -237,13 +217,13 @@ class Orphans(threading.Thread):
         processes end as they like."""
         if info.forked:
             return b""
-        segments = sorted(self._segments(folders), key=lambda found: (found.lane, found.base))
+        segments = segment_files(folders)
         last = deaths.LastRecord()
         for at, found in enumerate(segments):
             # The last two of each lane: its owner may have died with the last one still empty.
             if at + 2 < len(segments) and segments[at + 2].lane == found.lane:
                 continue
-            with _mapped(found.path) as view:
+            with found.mapped() as view:
                 last = last.and_then(view)
         if last.finished:
             return b""
@@ -266,10 +246,12 @@ class Orphans(threading.Thread):
         """Brings what the segments hold beyond what is committed into the spool; the producer, if
         there is one."""
         problems: list[str] = []
-        segments = sorted(
-            self._segments(folders, None if live else problems),
-            key=lambda found: (found.lane, found.base),
-        )
+        if live:  # what cannot be read yet may be in the making
+            segments = segment_files(folders)
+        else:
+            segments = segment_files(
+                folders, lambda path, error: problems.append(self._set_aside(path, error))
+            )
         info = segments[0].info if segments else None
         if info is None and problems:
             info = self._known(folders[0].name)
@@ -280,7 +262,7 @@ class Orphans(threading.Thread):
         # Of a new producer, what was before is delivered elsewhere.
         held: dict[int, int] = {}
         for found in segments:
-            held.setdefault(found.lane, max(found.base, found.acknowledged))
+            held.setdefault(found.lane, found.held_from)
         committed = self._spool.open_producer(info, held).result()
         for problem in problems:
             notice = notices.unreadable_segment(problem)
@@ -289,10 +271,10 @@ class Orphans(threading.Thread):
             more = following is not None and following.lane == found.lane
             if live and more and following is not None and following.number > found.number + 1:
                 break  # the owner went on while the headers were read: the next look finds what is between
-            first = max(found.base, found.acknowledged)
-            if first > committed.get(found.lane, 0):
+            if found.held_from > committed.get(found.lane, 0):
                 # What was before is lost, and the spool says so in the run: go on with what there is.
-                committed = self._spool.open_producer(info, {found.lane: first}).result()
+                held = {found.lane: found.held_from}
+                committed = self._spool.open_producer(info, held).result()
             end = following.base if following is not None and more else None
             others = [] if live else segments
             self._read_segment(found, committed.get(found.lane, 0), end, others, live=live)
@@ -302,30 +284,38 @@ class Orphans(threading.Thread):
                 found.path.unlink(missing_ok=True)
         return info
 
+    def _set_aside(self, path: Path, error: Exception) -> str:
+        """Moves what cannot be read out of its journal; what the run is told of it."""
+        # Moved within its file system, nothing of what is not ours is read or copied.
+        here = path.parent.parent.parent / self._quarantine.name
+        place = here if isinstance(error, NotOurs) else self._quarantine
+        target = set_aside(path, place, f"{path.parent.name}-{path.name}", str(error))
+        return f"a journal segment is unreadable ({error}): set aside as {target}"
+
     def _known(self, name: str) -> ProducerInfo | None:
         """The producer of a journal of which nothing can be read, where the spool knows it."""
         infos = self._spool.not_ended().result()
         return next((info for info in infos if info.producer_id.hex() == name), None)
 
-    def _learn_schemas(self, info: ProducerInfo, segments: list[_Found]) -> None:
+    def _learn_schemas(self, info: ProducerInfo, segments: list[SegmentFile]) -> None:
         """A SCHEMA record that is damaged stands in other segments as well, if these have records of it."""
         for found in segments:
-            with _mapped(found.path) as view:
+            with found.mapped() as view:
                 self._spool.open_producer(info, {}, [bytes(view[HEADER_BYTES:])]).result()
 
     def _read_segment(
         self,
-        found: _Found,
+        found: SegmentFile,
         committed: int,
         lane_end: int | None,
-        others: list[_Found],
+        others: list[SegmentFile],
         *,
         live: bool,
     ) -> None:
         """Spools the segment's records from lane offset `committed` on. `lane_end`: where the next segment
         goes on; None: in the last one, data ends with the last record. `others`: where else the schemas of
         damaged records may stand."""
-        with _mapped(found.path) as view:
+        with found.mapped() as view:
             start = max(committed - found.base, 0) + HEADER_BYTES
             if start > HEADER_BYTES:
                 # This spool may be newer than what was delivered from here.
@@ -352,10 +342,10 @@ class Orphans(threading.Thread):
                     damage.end,
                     damage.reason,
                 )
-            copies = [] if live else _copies(view, scan.offsets)
-            for first, last in _pieces(scan.offsets, start, end):
+            doubled = [] if live else copies(view, scan.offsets)
+            for first, last in pieces(scan.offsets, start, end):
                 data = bytearray(view[first:last])
-                for at in copies:
+                for at in doubled:
                     if first <= at < last:
                         data[at - first : at - first + 8] = bytes(8)
                 self._spool.append(
@@ -364,74 +354,6 @@ class Orphans(threading.Thread):
                     found.base + first - HEADER_BYTES,
                     bytes(data),
                 ).result()
-
-    def _segments(self, folders: list[Path], problems: list[str] | None = None) -> Iterator[_Found]:
-        """Those with records. Unreadable ones are left where they are; with `problems`, they are set aside,
-        and it says so there."""
-        for folder in folders:
-            for path in sorted(folder.glob(f"*{SUFFIX}")):
-                try:
-                    found = _found(path)
-                    if found is not None:
-                        yield found
-                except (ValueError, KeyError, TypeError, producers.BadIdentity) as error:
-                    if problems is not None:
-                        name = f"{folder.name}-{path.name}"
-                        # Moved within its file system, nothing of what is not ours is read or copied.
-                        here = folder.parent.parent / self._quarantine.name
-                        place = here if isinstance(error, _NotOurs) else self._quarantine
-                        target = set_aside(path, place, name, str(error))
-                        problems.append(
-                            f"a journal segment is unreadable ({error}): set aside as {target}"
-                        )
-
-
-def _found(path: Path) -> _Found | None:
-    """The segment at `path`, None for a spare. ValueError and others, with what is wrong, when it cannot be
-    read."""
-    with _opened(path) as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return None  # its owner ended while it made it
-        header = read_header(file.read(HEADER_BYTES))
-        if header is None:
-            if any(file.read(8)):
-                raise ValueError("there are records but no header")
-            return None
-    producer_id = bytes.fromhex(str(header.identity["producer_id"]))
-    info = producers.checked({**header.identity, "producer_id": producer_id})
-    if producer_id.hex() != path.parent.name:
-        raise ValueError(f"it belongs to producer {producer_id.hex()}")
-    without_sender = header.identity.get("sender") is False
-    return _Found(
-        path, info, header.lane, header.base, header.number, header.acknowledged, without_sender
-    )
-
-
-def _pieces(offsets: list[int], start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole records, together [start, end), each of about READ_BYTES."""
-    first = start
-    for offset in offsets:
-        if offset - first >= READ_BYTES:
-            yield first, offset
-            first = offset
-    if first < end:
-        yield first, end
-
-
-def _copies(view: memoryview, offsets: list[int]) -> list[int]:
-    """Where a record stands that is another one of its segment to the byte. Calls of one lane follow each
-    other, so at the same nanosecond there is one: what stands twice was written over something else."""
-    found = []
-    seen: set[bytes] = set()
-    for offset in offsets:
-        if view[offset + 8] in _LOGGED_ONCE:
-            data = bytes(
-                view[offset : offset + int.from_bytes(view[offset : offset + 4], "little")]
-            )
-            if data in seen:
-                found.append(offset)
-            seen.add(data)
-    return found
 
 
 def _folders(base: Path) -> Iterator[str]:
@@ -456,42 +378,6 @@ def _is_our_folder(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-
-
-class _NotOurs(ValueError):
-    """What lies in a journal and no rank of this user can have written: it may lead to anything."""
-
-
-def _opened(path: Path) -> BinaryIO:
-    """The segment file at `path`, for reading. _NotOurs for what no rank of this user has written there:
-    nothing else is opened, followed or waited for."""
-    _check_ours(path.lstat())
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        _check_ours(os.fstat(descriptor))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
-def _check_ours(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise _NotOurs("not a file")
-    if status.st_uid != os.geteuid():
-        raise _NotOurs(f"it belongs to user {status.st_uid}")
-    if status.st_nlink > 1:
-        raise _NotOurs(f"it has {status.st_nlink} names: a hard link")
-    if status.st_size > MAX_SEGMENT_BYTES:
-        raise _NotOurs(f"{status.st_size} bytes: no segment is so large")
-
-
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
-    with _opened(path) as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with data, memoryview(data) as view:
-        yield view
 
 
 @contextlib.contextmanager
