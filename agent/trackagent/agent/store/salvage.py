@@ -19,16 +19,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from trackagent.agent.pages import Cell
 from trackagent.agent.store import chunks, runs, schema
 from trackagent.agent.store.columns import HEAD
-from trackagent.agent.store.contract import EventData, Loss
+from trackagent.agent.store.contract import EventData
+from trackagent.agent.store.recount import recount
 from trackagent.agent.store.remains import Remains, Row
 from trackagent.agent.store.schema import COLUMNS_PER_CHUNK
 
-LOST = "lost with a damaged store"
 _SHOWN = 10
 _MANY_RUNS = 1000
 
@@ -39,7 +37,7 @@ _Rows = dict[str, dict[int, Row]]
 class Report:
     """What is missing: by run (its row), and what cannot be said to be of any."""
 
-    runs: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
+    runs: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     others: list[str] = field(default_factory=list)
 
 
@@ -59,7 +57,7 @@ def salvage(path: Path, connection: sqlite3.Connection, reason: str) -> Report:
             report.others.append(
                 f"what was written last may be missing in part: {store.log_problem}"
             )
-    _mend(connection, rebuilt, report)
+    recount(connection, rebuilt, report.runs, report.others)
     _tell(connection, report, reason)
     return report
 
@@ -300,136 +298,6 @@ def _insert_of_columns(connection: sqlite3.Connection, id_: int, stream: int, st
             "INSERT INTO chunks (id, stream, start, n, level, increasing) VALUES (?, ?, ?, ?, ?, ?)",
             (id_, stream, start, n, level, increasing),
         )
-
-
-# --- what follows from it
-
-
-def _mend(connection: sqlite3.Connection, rebuilt: set[tuple[str, int]], report: Report) -> None:
-    """Looks for what is missing of each stream, and computes anew what was rebuilt."""
-    streams = connection.execute(
-        "SELECT s.id, s.points, length(s.last_values) AS size, p.id, p.run, p.source, c.source, k.keys"
-        " FROM streams s LEFT JOIN keysets k ON k.id = s.keyset"
-        " LEFT JOIN producers p ON p.id = s.producer LEFT JOIN sources c ON c.id = p.source"
-    ).fetchall()
-    for stream, counted, size, producer, run, source_id, source, joined in streams:
-        if producer is None or joined is None:
-            if producer is None:
-                report.others.append(f"{counted} points: who logged them is not known any more")
-            else:
-                report.runs[run].append(f"{counted} points of {source}: the names of their keys")
-                rebuilt.add(("runs", run))
-            connection.execute(
-                "DELETE FROM columns WHERE id / ? IN (SELECT id FROM chunks WHERE stream = ?)",
-                (COLUMNS_PER_CHUNK, stream),
-            )
-            connection.execute("DELETE FROM chunks WHERE stream = ?", (stream,))
-            connection.execute("DELETE FROM streams WHERE id = ?", (stream,))
-            continue
-        keys = joined.split("\n")
-        parts = chunks.chunks_of(connection, stream, len(keys))
-        lines = _check_chunks(connection, parts, source, keys)
-        end = parts[-1].start + parts[-1].n if parts else 0
-        points = max(counted, end)
-        if ("streams", stream) in rebuilt or end > counted or size != 8 * len(keys):
-            _compute_stream(connection, stream, len(keys), parts, points)
-            rebuilt |= {("runs", run), ("sources", source_id)}
-        missing = points - sum(part.n for part in parts)
-        if missing > 0:
-            lines.append(f"{missing} points of {_named(keys)} of {source}")
-            runs.add_loss(connection, producer, Loss(b"", LOST, missing, more=True))
-            connection.execute(
-                "UPDATE runs SET lost_records = lost_records + ? WHERE id = ?", (missing, run)
-            )
-        if lines:
-            report.runs[run] += lines
-    for table, number in rebuilt:
-        if table == "sources":
-            _compute_keys(connection, number)
-        elif table == "producers":
-            connection.execute(
-                "UPDATE producers SET records = (SELECT coalesce(sum(points), 0) FROM streams"
-                " WHERE producer = producers.id) WHERE id = ?",
-                (number,),
-            )
-    for table, number in rebuilt:
-        if table == "runs":
-            _compute_run(connection, number)
-
-
-def _check_chunks(
-    connection: sqlite3.Connection, parts: list[chunks.Chunk], source: str, keys: list[str]
-) -> list[str]:
-    """Sets damaged chunks aside in their place; what is lost with them."""
-    lines = []
-    for part in parts:
-        damaged = chunks.find_damage(connection, part)
-        if damaged:
-            connection.execute(
-                "UPDATE chunks SET level = ? WHERE id = ?", (chunks.DAMAGED, part.id)
-            )
-            names = [keys[key] for key in damaged]
-            reason = next(iter(damaged.values()))
-            lines.append(f"{part.n} points of {_named(names)} of {source}: {reason}")
-    return lines
-
-
-def _named(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more keys" if len(keys) > 3 else "")
-
-
-def _compute_stream(
-    connection: sqlite3.Connection, stream: int, keys: int, parts: list[chunks.Chunk], points: int
-) -> None:
-    first: int | None = None
-    last: tuple[int, int] | None = None
-    values = b""
-    for part in parts:
-        intact, rows = chunks.read_intact(connection, part)
-        if not intact:
-            continue
-        steps, times = rows[chunks.STEPS], rows[chunks.TIMES]
-        least = int(steps.min())
-        first = least if first is None else min(first, least)
-        at = int(np.lexsort((np.arange(part.n), times, steps))[-1])
-        if last is None or (int(steps[at]), int(times[at])) >= last:
-            last = int(steps[at]), int(times[at])
-            all_values = np.full(part.keys, np.nan)
-            all_values[intact] = rows[chunks.FIRST_KEY :, at].view(np.float64)
-            values = all_values.tobytes()
-    connection.execute(
-        "UPDATE streams SET points = ?, first_step = ?, last_step = ?, last_time_ns = ?, last_values = ?,"
-        " fresh = 0, due = 2 WHERE id = ?",
-        (points, first or 0, *(last or (0, 0)), values or np.full(keys, np.nan).tobytes(), stream),
-    )
-
-
-def _compute_keys(connection: sqlite3.Connection, source: int) -> None:
-    rows = connection.execute(
-        "SELECT k.keys FROM producers p JOIN streams s ON s.producer = p.id"
-        " JOIN keysets k ON k.id = s.keyset WHERE p.source = ? ORDER BY s.id",
-        (source,),
-    )
-    keys = dict.fromkeys(key for (joined,) in rows for key in joined.split("\n"))
-    connection.execute("UPDATE sources SET keys = ? WHERE id = ?", ("\n".join(keys), source))
-
-
-def _compute_run(connection: sqlite3.Connection, run: int) -> None:
-    sources = connection.execute("SELECT keys FROM sources WHERE run = ?", (run,)).fetchall()
-    series = sum(keys.count("\n") + 1 for (keys,) in sources if keys)
-    streams = connection.execute(
-        "SELECT s.points, k.keys FROM producers p JOIN streams s ON s.producer = p.id"
-        " JOIN keysets k ON k.id = s.keyset WHERE p.run = ?",
-        (run,),
-    )
-    points = sum(count * (keys.count("\n") + 1) for count, keys in streams)
-    connection.execute(
-        "UPDATE runs SET series = ?, points = ?, records_stored = (SELECT coalesce(sum(records), 0)"
-        " FROM producers WHERE run = runs.id), lost_records = (SELECT coalesce(sum(counted + more), 0)"
-        " FROM losses l JOIN producers p ON p.id = l.producer WHERE p.run = runs.id) WHERE id = ?",
-        (series, points, run),
-    )
-    runs.settle(connection, run)
 
 
 def _tell(connection: sqlite3.Connection, report: Report, reason: str) -> None:
