@@ -20,7 +20,7 @@ from trackagent.agent.pages import Cell, Pages, Place, Value, columns
 from trackagent.agent.spooltables import SinkState, checksum
 
 # More batches than can have been lost.
-NUMBERS_LEFT_OUT = 1 << 32
+NUMBERS_SKIPPED = 1 << 32
 BATCH_COLUMNS = 11
 MAX_ROW_BYTES = 4 << 20
 
@@ -82,7 +82,7 @@ def salvaged(pages: Pages) -> Salvaged:
     known = found.last_producers()
     result = Salvaged(
         origin=origin,
-        first_number=max(first_number, found.highest + NUMBERS_LEFT_OUT),
+        first_number=max(first_number, found.highest + NUMBERS_SKIPPED),
         lost=lost,
         renamed=renamed,
         producers=known,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from trackagent.agent.cli import NothingThere
-from trackagent.agent.config import AgentConfig, load
+from trackagent.agent.config import AgentConfig, flag, load
 from trackagent.agent.errors import AgentError
 
 if TYPE_CHECKING:
@@ -23,37 +23,19 @@ MOST_SECONDS = 365 * 86_400
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Field of AgentConfig → options of `start`, `run` and `config` that set it.
-FLAGS: dict[str, Callable[[Command], Command]] = {
-    "spool_bytes": click.option("--spool-bytes", metavar="BYTES", help="Cap of the spool."),
-    "dead_letter_bytes": click.option(
-        "--dead-letter-bytes", metavar="BYTES", help="Cap of what sinks have rejected."
-    ),
-    "quarantine_bytes": click.option(
-        "--quarantine-bytes", metavar="BYTES", help="Cap of damaged files set aside."
-    ),
-    "uncommitted_bytes": click.option(
-        "--uncommitted-bytes", metavar="BYTES", help="Cap of what awaits its commit in memory."
-    ),
-    "max_batch_bytes": click.option(
-        "--max-batch-bytes", metavar="BYTES", help="Largest piece that a rank may send."
-    ),
-    "max_streams": click.option("--max-streams", metavar="N", help="Ranks connected at once."),
-    "group": click.option(
-        "--group", metavar="NAME", help="Unix group that may use the socket too."
-    ),
-    "deliver_interval_s": click.option(
-        "--deliver-interval-s", metavar="SECONDS", help="How long a record may wait."
-    ),
-    "drain_timeout_s": click.option(
-        "--drain-timeout-s", metavar="SECONDS", help="How long to deliver after being told to stop."
-    ),
-    "gone_after_s": click.option(
-        "--gone-after-s", metavar="SECONDS", help="When a rank without a trace is killed."
-    ),
-    "log_level": click.option(
-        "--log-level", metavar="LEVEL", help="debug, info, warning or error."
-    ),
+# Field of AgentConfig → what `start`, `run` and `config` show of its option: the value, and its meaning.
+FLAGS = {
+    "spool_bytes": ("BYTES", "Cap of the spool."),
+    "dead_letter_bytes": ("BYTES", "Cap of what sinks have rejected."),
+    "quarantine_bytes": ("BYTES", "Cap of damaged files set aside."),
+    "uncommitted_bytes": ("BYTES", "Cap of what awaits its commit in memory."),
+    "max_batch_bytes": ("BYTES", "Largest piece that a rank may send."),
+    "max_streams": ("N", "Ranks connected at once."),
+    "group": ("NAME", "Unix group that may use the socket too."),
+    "deliver_interval_s": ("SECONDS", "How long a record may wait."),
+    "drain_timeout_s": ("SECONDS", "How long to deliver after being told to stop."),
+    "gone_after_s": ("SECONDS", "When a rank without a trace is killed."),
+    "log_level": ("LEVEL", "debug, info, warning or error."),
 }
 
 
@@ -96,8 +78,8 @@ def configured(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def agent_flags(command: Command) -> Command:
     """Adds a flag for every other setting of the agent; stands below `configured`."""
-    for option in reversed(FLAGS.values()):
-        command = option(command)
+    for name, (metavar, meaning) in reversed(FLAGS.items()):
+        command = click.option(flag(name), metavar=metavar, help=meaning)(command)
     return command
 
 
