@@ -174,14 +174,39 @@ print(run.id)
 TOLD = RANK.replace("print(run.id, flush=True)", "") + (
     "open(f'{sys.argv[1]}.{run.rank}', 'w').write(run.id)\ntime.sleep(600)\n"
 )
+SAVED = """
+def save_and_leave(*_):
+    client.log({"saved": run.rank}, step=STEPS)
+    client.finish()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save_and_leave)
+""".replace("STEPS", str(STEPS))
+
+# What the script does with SIGTERM, which torchrun passes on; the run's status and error.
+HANDLERS = {
+    "none": ("", "killed", DIED),
+    "sys.exit(143)": (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n",
+        "failed",
+        "SystemExit: 143",
+    ),
+    "an exception": (
+        "def stop(*_):\n    raise RuntimeError('preempted')\nsignal.signal(signal.SIGTERM, stop)\n",
+        "failed",
+        "RuntimeError: preempted",
+    ),
+    "a last record and finish()": (SAVED, "finished", ""),
+}
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is in the demo extra")
-def test_a_job_whose_torchrun_is_terminated_is_killed_and_keeps_everything(
-    agent: AgentProcess, tmp_path: Path
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_a_job_whose_torchrun_is_terminated_keeps_everything_and_says_how_its_ranks_ended(
+    agent: AgentProcess, tmp_path: Path, handler: str
 ) -> None:
+    installed, status, error = HANDLERS[handler]
     script, told = tmp_path / "train.py", tmp_path / "run"
-    script.write_text(TOLD)
+    script.write_text(TOLD.replace("open(", f"{installed}open(", 1))
     options = ("--standalone", "--nproc-per-node=2", "--monitor-interval=0.1")
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(told)],
@@ -197,6 +222,8 @@ def test_a_job_whose_torchrun_is_terminated_is_killed_and_keeps_everything(
     finally:
         process.kill()
         process.wait(DEADLINE_S)
-    run = agent.wait_for_status(ranks[0].read_text(), "killed")
-    assert run.error == DIED
-    assert sorted(agent.exported(run.run_id)) == sorted(points(0, 1))
+    run = agent.wait_for_status(ranks[0].read_text(), status)
+    assert run.error == error
+    saved = [Point("saved", f"rank {rank}", STEPS, rank) for rank in (0, 1)]
+    logged = points(0, 1) + (saved if installed == SAVED else [])
+    assert sorted(agent.exported(run.run_id)) == sorted(logged)

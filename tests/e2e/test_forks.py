@@ -128,29 +128,52 @@ def test_the_run_that_a_forked_child_began_says_how_it_ended(
     assert agent.wait_for_status(end.split()[0], "finished").error == ""
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize(
     ("target", "status", "error"),
     [
         ("pass", "finished", ""),
         ("raise KeyError('x')", "failed", "KeyError: 'x'"),
         ("sys.exit(3)", "failed", "SystemExit: 3"),
+        ("os._exit(0)", "killed", "the process ended without finish()"),
     ],
 )
 def test_a_target_of_multiprocessing_that_ends_ends_its_run(
-    agent: AgentProcess, target: str, status: str, error: str
+    agent: AgentProcess, tmp_path: Path, target: str, status: str, error: str, method: str
 ) -> None:
-    program = CONNECTED + (
-        "def work():\n"
-        "    own = client.init(experiment='own')\n"
-        "    client.log({'child': 2.0}, step=0)\n"
-        "    print(own.id, flush=True)\n"
-        f"    {target}\n"
-        "worker = multiprocessing.get_context('fork').Process(target=work)\n"
-        "worker.start(); worker.join()\n"
-    )
-    own = run_script(agent.folders, program).stdout.strip()
+    script = tmp_path / "training.py"  # what is spawned imports it
+    script.write_text(f"""
+import multiprocessing, os, sys, time
+from trackagent import client
+
+def connected():
+    for _ in range(1500):
+        if "grpc" in sys.modules and run._sender._stream is not None:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no agent answers")
+
+def work():
+    own = client.init(experiment="own")
+    client.log({{"child": 2.0}}, step=0)
+    print(own.id, flush=True)
+    {target}
+
+if __name__ == "__main__":
+    run = client.init(experiment="forks")
+    client.log({{"parent": 1.0}}, step=0)
+    connected()
+    worker = multiprocessing.get_context({method!r}).Process(target=work)
+    worker.start()
+    worker.join()
+    print(run.id)
+""")
+    begin = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    own, run_id = run_script(agent.folders, begin).stdout.split()
     assert agent.wait_for_status(own, status).error == error
     assert agent.exported(own) == [Point("child", "rank 0", 0, 2.0)]
+    assert agent.wait_for_status(run_id, "finished").error == ""
+    assert agent.exported(run_id) == [Point("parent", "rank 0", 0, 1.0)]
 
 
 def test_a_forked_child_that_finishes_the_run_that_it_inherited_logs_no_more_into_it(
