@@ -46,7 +46,7 @@ chaos: $(READY) ## storms of faults for MINUTES=1; SEED=N replays
 soak: $(READY) ## a steady load for MINUTES=30; nothing may grow
 	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
-fuzz: $(READY) ## hostile records and calls for MINUTES=2; SEED=N begins with that one
+fuzz: $(READY) ## what hypothesis makes up, at random, for MINUTES=2; SEED=N begins with that one
 	@$(BIN)/python -m tests.fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 protos: $(READY) ## generate the Python code of the .proto files

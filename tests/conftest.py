@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import fuzz
 from tests.fakes import LAUNCHER_VARIABLES, AgentProcess, Folders, short_folder
+
+fuzz.load_profile()
 
 
 @pytest.fixture(scope="session", autouse=True)

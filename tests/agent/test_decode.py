@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import trackagent.agent.store as store
@@ -24,6 +24,7 @@ from tests.agent.samples import (
     said,
     schema,
 )
+from tests.fuzz import examples
 from trackagent.agent.decode import MAX_KEYS_TOGETHER, decode
 from trackagent.agent.spool import Delivery, SpooledBatch
 from trackagent.agent.store.contract import (
@@ -513,7 +514,7 @@ def test_a_delivery_decodes_to_the_same_batch_every_time(
     assert same(decoded(*batches), decoded(*batches))
 
 
-@settings(max_examples=5, deadline=None)
+@examples(5)
 @given(st.lists(st.tuples(st.sampled_from(OFFSETS), CHANGES), min_size=30, max_size=30))
 def test_the_store_takes_whatever_a_record_with_a_good_checksum_says(
     tmp_path_factory: pytest.TempPathFactory, records: list[tuple[int, list[tuple[int, int]]]]

@@ -9,12 +9,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.agent.samples import producer
 from tests.fakes import short_folder
+from tests.fuzz import examples
 from trackagent.agent.spool import AGENT_LANE, Delivery, OutOfOrder, Spool, UnknownSink
 
 T = TypeVar("T")
@@ -236,9 +237,4 @@ def retried(operation: Callable[[], Future[T]]) -> T:
 
 
 TestSpoolAgainstLists = SpoolAgainstLists.TestCase
-TestSpoolAgainstLists.settings = settings(
-    max_examples=25,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestSpoolAgainstLists.settings = settings(examples(25), stateful_step_count=40)

@@ -7,7 +7,7 @@ import struct
 from zlib import crc32
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trackagent.client import record
@@ -155,14 +155,12 @@ def test_a_record_that_was_being_written_is_the_end_and_no_damage(data: st.DataO
 # --- scan: damage
 
 
-@settings(max_examples=300)
 @given(st.binary(max_size=2000), st.integers(0, 100))
 def test_scan_never_raises_on_garbage(garbage: bytes, start: int) -> None:
     scan = record.scan(garbage, start)
     assert scan.end <= max(len(garbage), start)
 
 
-@settings(max_examples=300)
 @given(st.data())
 def test_undamaged_records_are_found_beside_flipped_bytes(data: st.DataObject) -> None:
     made = some_records(10)

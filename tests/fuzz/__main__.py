@@ -1,4 +1,4 @@
-"""`make fuzz`: the tests of this folder again and again, each time with other and with many more examples."""
+"""`make fuzz`: all tests of hypothesis again and again, each time with other and with many more examples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import subprocess
 import sys
 import time
 
-SCALE = 10
+SCALE = 5
+PYTEST = (
+    *("-m", "pytest", "-q", "-n", "auto", "--maxprocesses=4", "--dist=loadfile"),
+    # A round takes as long as it takes.
+    *("--timeout=1800", "-o", "session_timeout=86400"),
+    *("-p", "no:randomly", "-m", "hypothesis or fuzz"),
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--minutes", type=float, default=2.0, help="no round begins after these")
     parser.add_argument("--seed", type=int, help="of the first round")
     options, for_pytest = parser.parse_known_args()
     seed = random.randrange(1 << 32) if options.seed is None else options.seed
@@ -22,9 +28,8 @@ def main() -> int:
     rounds = 0
     while rounds == 0 or time.monotonic() < deadline:
         print(f"=== seed {seed}", flush=True)
-        command = ["-m", "pytest", "-q", "-p", "no:randomly", "--timeout=1800"]
         done = subprocess.run(
-            [sys.executable, *command, f"--hypothesis-seed={seed}", "tests/fuzz", *for_pytest],
+            [sys.executable, *PYTEST, f"--hypothesis-seed={seed}", *for_pytest],
             env={**os.environ, "FUZZ_SCALE": str(SCALE)},
             check=False,
         )

@@ -40,7 +40,7 @@ COMMANDS = (
 )
 
 
-@examples(250)
+@examples(100)
 @given(STREAMS, st.integers(0, 64))
 def test_scan_finds_valid_records_only_and_decode_raises_value_errors_only(
     data: bytes, start: int
@@ -63,7 +63,7 @@ def test_scan_finds_valid_records_only_and_decode_raises_value_errors_only(
 
 
 @given(STREAMS, st.integers(0, 2**40))
-@examples(60)
+@examples(40)
 def test_no_place_in_any_bytes_makes_is_valid_raise(data: bytes, offset: int) -> None:
     assert record.is_valid(data, len(data) + offset) is False
     assert record.is_valid(data, offset % (len(data) + 1)) in (True, False)
@@ -116,7 +116,7 @@ def node() -> Iterator[Node]:
     shutil.rmtree(base)
 
 
-@examples(40)
+@examples(15)
 @given(
     st.lists(STREAMS.filter(len), min_size=1, max_size=3),
     st.lists(st.sampled_from(COMMANDS), min_size=2, max_size=2),

@@ -8,8 +8,8 @@ import random
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from typing import Any
-from uuid import uuid4
 
 import grpc
 import psutil
@@ -95,7 +95,7 @@ def code_of(call: Callable[[], Any]) -> grpc.StatusCode:
 U32 = st.sampled_from([0, 1, 63, 64, 255, 2**31, 2**32 - 1])
 OFFSETS = st.sampled_from([0, 8, 4, 7, 2**20, 2**55, 2**56 - 8, 2**56, 2**63, 2**64 - 8, 2**64 - 1])
 TEXTS = st.sampled_from(["", "x" * 251, "a\nb", "\x00", "ü", "a b", "../..", "x" * 60_000])
-KNOWN = [uuid4().bytes for _ in range(3)]
+KNOWN = [bytes([number]) * 16 for number in range(1, 4)]
 IDS = st.sampled_from([*KNOWN, *KNOWN, b"", b"short", bytes(16), b"x" * 50_000]) | st.binary(
     min_size=16, max_size=16
 )
@@ -105,7 +105,7 @@ LANES = st.lists(st.builds(agent_pb2.LaneOffset, lane=U32, offset=OFFSETS), max_
 def good_fields(producer_id: bytes) -> dict[str, Any]:
     return {
         "producer_id": producer_id,
-        "run_id": uuid4().hex,
+        "run_id": sha256(producer_id).hexdigest()[:32],
         "attempt": 1,
         "world_size": 1,
         "node": "elsewhere",
@@ -120,7 +120,7 @@ def producers(draw: st.DrawFn) -> agent_pb2.Producer:
     """A producer with at most two fields that are something else."""
     fields = good_fields(draw(IDS))
     strange: dict[str, st.SearchStrategy[Any]] = {
-        "run_id": TEXTS | st.just("0" * 32),
+        "run_id": TEXTS | st.sampled_from(["0" * 32, "1" * 32]),
         "attempt": U32,
         "rank": U32,
         "local_rank": U32,
@@ -155,7 +155,7 @@ PUSHED = st.builds(
 )
 
 
-@examples(80)
+@examples(30)
 @given(
     st.lists(
         OPENED.map(lambda request: ("OpenRun", request))
@@ -173,7 +173,7 @@ def test_calls_with_hostile_messages_end_with_documented_codes(
         assert code_of(lambda m=method, r=request: m(r, timeout=TIMEOUT_S)) in DOCUMENTED
 
 
-@examples(80)
+@examples(30)
 @given(
     st.lists(PUSHED, max_size=6),
     st.booleans(),
@@ -197,7 +197,7 @@ def test_streams_of_hostile_messages_end_with_documented_codes(
     stream.cancel()
 
 
-@examples(40)
+@examples(20)
 @given(
     st.sampled_from(["OpenRun", "CloseRun", "Status", "Nothing", "Push"]), st.binary(max_size=500)
 )
@@ -229,7 +229,7 @@ def frames(draw: st.DrawFn) -> bytes:
     return head + content
 
 
-@examples(60)
+@examples(25)
 @given(
     st.sampled_from([b"", PREFACE[:10], PREFACE, PREFACE + SETTINGS]),
     st.lists(frames() | st.binary(max_size=300), max_size=5),
@@ -275,6 +275,7 @@ def flood(stub: agent_pb2_grpc.AgentStub, agent: AgentProcess, noise: random.Ran
         connection.close()
 
 
+@pytest.mark.fuzz
 def test_floods_of_refused_and_abandoned_calls_leave_nothing_in_the_agent(
     agent: AgentProcess, stub: agent_pb2_grpc.AgentStub
 ) -> None:
