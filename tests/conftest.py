@@ -18,12 +18,17 @@ fuzz.load_profile()
 
 @pytest.fixture(scope="session", autouse=True)
 def no_settings_from_outside() -> Iterator[None]:
-    """No test depends on, or writes to, what the user who runs it has set."""
+    """No test depends on, or writes to, what the user who runs it has set, or keeps at home."""
+    home = short_folder()
+    # Other users, as whom some tests run processes, look there too.
+    home.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith("TRACKAGENT_") or name in LAUNCHER_VARIABLES:
+            if name.startswith(("TRACKAGENT_", "XDG_")) or name in LAUNCHER_VARIABLES:
                 patch.delenv(name)
+        patch.setenv("HOME", str(home))
         yield
+    shutil.rmtree(home)
 
 
 @pytest.fixture
