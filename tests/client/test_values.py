@@ -18,8 +18,6 @@ from trackagent.client import values
 from trackagent.client.errors import ValueRefused
 from trackagent.client.values import check_key, flatten, to_float, to_step, to_text, to_time_ns
 
-torch = pytest.importorskip("torch")
-
 
 class Float:
     def __init__(self, value: object) -> None:
@@ -52,9 +50,8 @@ BITS = (0.1, -0.0, math.inf, -math.inf, math.nan, NAN_WITH_PAYLOAD, 5e-324, 1.79
         np.float64,
         np.array,
         lambda v: np.array([v]),
-        lambda v: torch.tensor(v, dtype=torch.float64),
     ],
-    ids=["float", "numpy scalar", "0-d array", "array of one", "tensor"],
+    ids=["float", "numpy scalar", "0-d array", "array of one"],
 )
 @pytest.mark.parametrize("value", BITS, ids=repr)
 def test_a_float64_keeps_its_bits(wrap: Any, value: float) -> None:
@@ -97,39 +94,6 @@ def test_numpy_arrays_of_one_element_are_taken(kind: Any, shape: tuple[int, ...]
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        "bool",
-        "uint8",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "float16",
-        "bfloat16",
-        "float32",
-        "float64",
-    ],
-)
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
-def test_cpu_tensors_of_one_element_are_taken(kind: str, shape: tuple[int, ...]) -> None:
-    assert to_float("k", torch.ones(shape, dtype=getattr(torch, kind))) == 1.0
-
-
-def test_a_tensor_that_requires_grad_is_taken() -> None:
-    loss = torch.tensor(3.0, requires_grad=True) * 0.5
-    assert to_float("k", loss) == 1.5
-
-
-def test_a_bfloat16_is_taken_as_it_is() -> None:
-    assert to_float("k", torch.tensor(0.1, dtype=torch.bfloat16)) == 0.10009765625
-
-
-def test_a_parameter_is_taken() -> None:
-    assert to_float("k", torch.nn.Parameter(torch.tensor(2.0))) == 2.0
-
-
-@pytest.mark.parametrize(
     ("value", "message"),
     [
         ("high", "'k' is a str, 'high', which is no number: log a float"),
@@ -143,11 +107,8 @@ def test_a_parameter_is_taken() -> None:
             np.complex128(1j),
             f"'k' is a complex128, {np.complex128(1j)!r}, which is no number: log a float",
         ),
-        (torch.tensor(1j), "'k' is a Tensor, tensor(0.+1.j), which is no number: log a float"),
         (np.zeros(3), "'k' is a ndarray, of shape (3,), which is no number: log a float"),
         (np.zeros((2, 0)), "'k' is a ndarray, of shape (2, 0), which is no number: log a float"),
-        (torch.zeros(2, 3), "'k' is a Tensor, of shape (2, 3), which is no number: log a float"),
-        (torch.zeros(0), "'k' is a Tensor, of shape (0,), which is no number: log a float"),
         (
             np.array("a"),
             "'k' is a ndarray, array('a', dtype='<U1'), which is no number: log a float",
@@ -169,15 +130,6 @@ def test_an_integer_beyond_float64_is_refused() -> None:
 )
 def test_a_long_value_is_shown_shortened(value: Any) -> None:
     assert len(str(refusal(to_float, "k", value))) < 150
-
-
-def test_a_tensor_on_a_device_is_refused_since_reading_it_would_wait() -> None:
-    refused = refusal(to_float, "loss", torch.zeros((), device="meta"))
-    assert (refused.reason, str(refused)) == (
-        "device tensor",
-        "'loss' is a tensor on meta, and reading it would make the training loop wait: "
-        "log tensor.item() where that is acceptable",
-    )
 
 
 # --- keys
@@ -241,7 +193,6 @@ def test_a_key_is_taken_or_refused_and_nothing_else_happens(key: str) -> None:
         (np.uint8(200), 200),
         (np.float64(4.0), 4),
         (np.array(6), 6),
-        (torch.tensor(8), 8),
     ],
     ids=repr,
 )
@@ -260,7 +211,6 @@ def test_whole_numbers_are_steps(step: Any, expected: int) -> None:
         (2**63, "the step 9223372036854775808 does not fit 64 bits"),
         (-(2**63) - 1, "the step -9223372036854775809 does not fit 64 bits"),
         (1e30, "the step 1000000000000000019884624838656 does not fit 64 bits"),
-        (torch.tensor(1.5), "the step tensor(1.5000) is no whole number"),
     ],
     ids=repr,
 )
