@@ -5,6 +5,8 @@ ARGS ?=
 MINUTES ?=
 BIN := .venv/bin
 READY := .venv/.ready
+# Each of the thousand processes that the tests start would compile the packages anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := -m pip --disable-pip-version-check --no-input install -q -q
 
 .DEFAULT_GOAL := help
