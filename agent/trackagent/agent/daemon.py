@@ -9,7 +9,6 @@ import importlib.metadata
 import logging
 import math
 import os
-import resource
 import shutil
 import signal
 import sqlite3
@@ -25,6 +24,7 @@ from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
 from trackagent.agent.gate import Gate
+from trackagent.agent.limits import allow_files, give_memory_back
 from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.owners import Owners
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 TRIM_INTERVAL_S = 1.0
+MEMORY_INTERVAL_S = 30.0
 WATCH_INTERVAL_S = 0.5
 # On the disk of the state, to begin.
 NEEDED_BYTES = 256 * 1024
@@ -47,8 +48,6 @@ NEEDED_BYTES = 256 * 1024
 RENEWAL_PATIENCE_S = 10.0
 # Through the gate, for commands that ask how the agent is doing.
 OTHER_CONNECTIONS = 64
-# What the agent opens beside one connection a rank: databases, journals, gRPC's own.
-OWN_FILES = 64
 
 
 def serve(config: AgentConfig) -> int:
@@ -56,7 +55,7 @@ def serve(config: AgentConfig) -> int:
     cannot start."""
     logging.getLogger("trackagent").setLevel(config.log_level.upper())
     # The gate has two more for each connection.
-    _allow_files(config.max_streams, each=1 if config.group is None else 3)
+    allow_files(config.max_streams, each=1 if config.group is None else 3)
     started_ns = time.time_ns()
     version = importlib.metadata.version("trackagent")
     if config.group is not None:
@@ -147,24 +146,6 @@ def _check_folders(config: AgentConfig) -> None:
         check_file(file)
         with contextlib.suppress(FileNotFoundError):
             file.chmod(0o600)
-
-
-def _allow_files(streams: int, *, each: int) -> None:
-    """Takes as many descriptors as this process may have; says so where they are too few."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        # A system may allow less than it says.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    if soft != resource.RLIM_INFINITY and soft < each * streams + OWN_FILES:
-        logger.warning(
-            "this process may open %d files, so about %d ranks can connect (max_streams is %d): raise "
-            "the limit (ulimit -n, LimitNOFILE=) where there are more",
-            soft,
-            max(0, soft - OWN_FILES) // each,
-            streams,
-        )
 
 
 async def _run(
@@ -263,12 +244,13 @@ async def _serve(
     _open_to_group(config)
     pipeline.start()
     orphans.start()
-    trimming = asyncio.create_task(_trim(quarantine))
+    housekeeping = [asyncio.create_task(work) for work in (_trim(quarantine), _give_memory_back())]
     logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
     logger.info("runs are stored in %s", config.store_path)
 
     missing = await _gone(stop, locks, [*sockets, *locks])
-    trimming.cancel()
+    for task in housekeeping:
+        task.cancel()
     if missing is None:
         logger.info("stopping: taking what is under way, then delivering what is spooled")
     else:
@@ -318,6 +300,12 @@ async def _trim(quarantine: Quarantine) -> None:
                 logger.warning("cannot keep the quarantine small: %s; trying again", error)
             told = str(error)
         await asyncio.sleep(TRIM_INTERVAL_S)
+
+
+async def _give_memory_back() -> None:
+    while True:
+        await asyncio.sleep(MEMORY_INTERVAL_S)
+        await asyncio.to_thread(give_memory_back)
 
 
 async def _access(config: AgentConfig, spool: Spool) -> Access:
