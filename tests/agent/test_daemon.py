@@ -133,9 +133,7 @@ def test_folders_that_cannot_be_made_are_one_error(folders: Folders) -> None:
 
 def test_a_state_folder_that_cannot_be_written_is_one_error(folders: Folders) -> None:
     # /proc/<pid> is a folder of our own in which not even root can make a file.
-    with pytest.raises(
-        AgentError, match=rf"cannot write /proc/{os.getpid()}/agent\.lock: .*--state"
-    ):
+    with pytest.raises(AgentError, match=rf"folders: /proc/{os.getpid()}: not writable; .*--state"):
         daemon.serve(config(folders.directory, Path(f"/proc/{os.getpid()}")))
 
 

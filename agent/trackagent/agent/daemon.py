@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import grp
 import importlib.metadata
 import logging
@@ -124,15 +125,19 @@ def take_folders(config: AgentConfig) -> None:
     try:
         _check_folders(config)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        advice = f"; {ROOM}, or give others with --dir and --state" if is_full(error) else ""
-        raise AgentError(f"cannot use the agent's folders: {what}{advice}") from error
+        what = str(error.strerror)  # with its advice, where trust.py refuses
+        if error.filename:
+            room = f"{ROOM}, or " if is_full(error) else ""
+            what = f"{error.filename}: {what}; {room}give others with --dir and --state"
+        raise AgentError(f"cannot use the agent's folders: {what}") from error
 
 
 def _check_folders(config: AgentConfig) -> None:
     state = config.state_directory
     for folder in (config.directory, state):
         private_folder(folder)
+        if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, "not writable", str(folder))
     inner = [
         base / name for base in (config.directory, state) for name in ("journals", QUARANTINE_NAME)
     ]

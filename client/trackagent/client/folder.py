@@ -18,8 +18,8 @@ class ProducerFolder:
     """One producer's folder under `<base>/journals`, made and locked when it is first needed."""
 
     def __init__(self, base: Path, producer_id: str) -> None:
+        self.base = base
         self.path = base / "journals" / producer_id
-        self._base = base
         self._lock: int | None = None
         self._numbers = count()
 
@@ -30,7 +30,7 @@ class ProducerFolder:
         that one of them has made.
         """
         if self._lock is None:
-            private_folder(self._base)
+            private_folder(self.base)
             private_folder(self.path.parent)
             # Made under another name and renamed when locked: whoever sees it sees it locked.
             making = self.path.with_name(f".{self.path.name}.{os.getpid()}.{next(self._numbers)}")

@@ -428,6 +428,12 @@ class Journal:
         for folder in (self._memory, self._disk):
             folder.close(remove=remove)
 
+    def places(self) -> list[Path]:
+        """The folders in which what is not yet delivered lies: `directory`, `state_directory`, or both."""
+        lanes = list(self.lanes.values())
+        found = {segment.path.parent for lane in lanes for segment in lane.segments()}
+        return [one.base for one in (self._memory, self._disk) if one.path in found]
+
     def is_gone(self) -> bool:
         """Whether nothing of it is left on disk: after `close`, the agent has taken the rest."""
         return not (self._memory.path.exists() or self._disk.path.exists())

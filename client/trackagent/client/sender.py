@@ -106,7 +106,7 @@ class Sender:
             logger.warning(
                 "not everything was delivered before the end: the rest is kept in %s and delivered by the "
                 "next agent on this node (`trackagent start`)",
-                self._config.directory,
+                " and ".join(map(str, self._journal.places())),
             )
         return delivered
 

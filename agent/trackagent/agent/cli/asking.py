@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trackagent.agent.cli import NothingThere
+from trackagent.agent.cli.options import is_there
 from trackagent.agent.config import LOCK_NAME, AgentConfig
 from trackagent.agent.errors import AgentError
 
@@ -93,7 +94,7 @@ def ask_status(config: AgentConfig, timeout_s: float = STATUS_TIMEOUT_S) -> Stat
     from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
     path = config.socket_path
-    if not path.exists():
+    if not is_there(path):
         raise _none_runs(config)
     options = [("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
     with grpc.insecure_channel(f"unix:{path}", options=options) as channel:

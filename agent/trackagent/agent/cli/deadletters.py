@@ -10,7 +10,7 @@ import click
 
 from trackagent.agent.cli import ERROR, OK, USAGE, NothingThere
 from trackagent.agent.cli.asking import lock_holder
-from trackagent.agent.cli.options import Seconds, configured, json_option
+from trackagent.agent.cli.options import Seconds, configured, is_there, json_option
 from trackagent.agent.cli.output import (
     byte_count,
     clock,
@@ -279,6 +279,8 @@ def _found(config: AgentConfig) -> list[DeadLetter]:
     """All that can be read; a line on stderr for each other one."""
     from trackagent.agent import deadletters
 
+    if not is_there(config.dead_letters_path):
+        return []
     for problem in deadletters.unreadable(config.dead_letters_path):
         click.echo(f"trackagent: warning: {visible(problem)}", err=True)
     return deadletters.found(config.dead_letters_path)

@@ -83,6 +83,17 @@ def agent_flags(command: Command) -> Command:
     return command
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is anything at `path`. AgentError where this user may not know."""
+    try:
+        return path.exists()
+    except PermissionError:
+        raise AgentError(
+            f"may not look for {path}: ask as the user who runs the agent, or name other folders with "
+            "--dir and --state"
+        ) from None
+
+
 def json_option(command: Command) -> Command:
     """Adds --json."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
@@ -92,7 +103,7 @@ def json_option(command: Command) -> Command:
 def opened_store(config: AgentConfig) -> Iterator[Reader]:
     """The store of `config` for reading. NothingThere where nothing was stored yet, or for what is asked
     inside and not found; AgentError when the store cannot be read."""
-    if not config.store_path.exists():
+    if not is_there(config.store_path):
         raise NothingThere(
             f"no store in {config.state_directory}: nothing was logged yet, or it lies elsewhere "
             "(--state, TRACKAGENT_STATE)"
