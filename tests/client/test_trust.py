@@ -110,6 +110,8 @@ def below(home: Path, uid: int, mode: int, gid: int | None = None) -> Path:
         (0, 0o755, 0),
         (ALICE, 0o775, ALICE),  # made with a umask of 002, in a group of one's own
         (ALICE, 0o1775, BOB),
+        (0, 0o2775, ALICE),  # a volume of a pod, whose fsGroup is the process's group
+        (0, 0o1777, ALICE),  # and one that has a sticky bit
     ],
 )
 def test_a_place_where_nobody_can_replace_ones_folder_is_fine(
@@ -123,7 +125,19 @@ def test_a_place_where_nobody_can_replace_ones_folder_is_fine(
 @pytest.mark.parametrize(
     ("uid", "mode", "gid", "problem"),
     [
-        (0, 0o777, 0, r"can be written by everyone \(mode 0777\) and has no sticky bit: chmod \+t"),
+        (
+            0,
+            0o777,
+            0,
+            r"can be written by everyone \(mode 0777\) and has no sticky bit: have user 0 chmod \+t",
+        ),
+        (0, 0o2775, BOB, rf"can be written by group {BOB} \(mode 2775\) and has no sticky bit"),
+        (
+            ALICE,
+            0o777,
+            ALICE,
+            r"can be written by everyone \(mode 0777\) and has no sticky bit: chmod \+t",
+        ),
         (ALICE, 0o775, BOB, rf"can be written by group {BOB} \(mode 0775\) and has no sticky bit"),
         (BOB, 0o755, BOB, rf"belongs to user {BOB}: choose another folder"),
     ],
@@ -133,6 +147,24 @@ def test_a_place_where_others_could_replace_ones_folder_is_refused(
 ) -> None:
     place = below(home, uid, mode, gid)
     assert re.search(f"{place.parent}, which leads to {place}, {problem}", refused(place))
+
+
+def test_a_folder_in_a_volume_that_all_may_write_to_can_be_replaced_but_for_its_sticky_bit(
+    home: Path,
+) -> None:
+    """Why an emptyDir of Kubernetes, 0777 and root's, is refused until it has one."""
+    place = below(home, 0, 0o777)
+    with being(BOB):
+        place.rename(place.with_name("taken"))
+        place.mkdir()
+    assert refused(place).startswith(f"{place.parent}, which leads to {place}, ")
+    place.rmdir()
+    place.with_name("taken").rename(place)
+    place.parent.chmod(0o1777)
+    with being(BOB), pytest.raises(PermissionError):
+        place.rename(place.with_name("taken"))
+    with being(ALICE):
+        assert trust.private_folder(place) == place
 
 
 def test_a_link_of_ones_own_on_the_way_is_followed(home: Path) -> None:

@@ -89,7 +89,7 @@ def check_way(path: Path, owners: Collection[int] = ()) -> None:
         if _replaceable(status):
             raise _refused(
                 f"{place}, which leads to {path}, {_writable(status)} and has no sticky bit: "
-                f"chmod +t {place}, or choose another folder"
+                f"{_who_may(status.st_uid)}chmod +t {place}, or choose another folder"
             )
 
 
@@ -127,6 +127,11 @@ def _check_owner(path: Path, status: os.stat_result, owners: Collection[int]) ->
             f"{path} belongs to user {status.st_uid}, this is user {os.geteuid()}: have it removed, or "
             "choose another"
         )
+
+
+def _who_may(owner: int) -> str:
+    """Whom to ask for a change of what belongs to `owner`."""
+    return "" if os.geteuid() in (owner, _ROOT) else f"have user {owner} "
 
 
 def _missing(path: Path) -> list[Path]:
