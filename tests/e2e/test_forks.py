@@ -337,3 +337,37 @@ os._exit(0)
     agent.wait_for_status(run_id, "finished")
     assert Path(f"/proc/{pid}").exists()
     process.communicate(timeout=DEADLINE_S)
+
+
+def test_what_is_forked_at_the_beginning_of_a_run_finds_no_half_imported_module(
+    agent: AgentProcess,
+) -> None:
+    program = """
+import os, sys, threading, time
+from trackagent import client
+
+def begun():
+    git = "trackagent-git" in [thread.name for thread in threading.enumerate()]
+    return not git and "grpc" in sys.modules and run._sender._stream is not None
+
+def half_imported():
+    specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+    return [spec.name for spec in specs if getattr(spec, "_initializing", False)]
+
+run = client.init(experiment="forks")
+found, forks = set(), 0
+deadline = time.monotonic() + 25
+while not begun() and time.monotonic() < deadline:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writing, " ".join(half_imported()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        found.update(said.read().split())
+    os.waitpid(pid, 0)
+    forks += 1
+print(begun(), forks > 0, sorted(found))
+"""
+    assert run_script(agent.folders, program).stdout == "True True []\n"

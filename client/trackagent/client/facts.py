@@ -10,6 +10,7 @@ services, by shape. A secret that looks like any other argument is not recognise
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from trackagent.client import imports
 
 PREFIX = "trackagent."
 MAX_CHARACTERS = 5000
@@ -216,14 +219,14 @@ def _torch_facts(modules: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
 
 def _installed_facts(modules: Mapping[str, Any]) -> dict[str, Callable[[], object]]:
     """Also of a torch that is installed only, and of the libraries that came with it."""
-    from importlib.metadata import PackageNotFoundError, version
 
     def installed(*distributions: str) -> str | None:
-        for distribution in distributions:
-            try:
-                return version(distribution)
-            except PackageNotFoundError:
-                continue
+        with imports.whole():
+            from importlib.metadata import PackageNotFoundError, version
+
+            for distribution in distributions:
+                with contextlib.suppress(PackageNotFoundError):
+                    return version(distribution)  # which imports as well
         return None
 
     def library(name: str) -> str | None:

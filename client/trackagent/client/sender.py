@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from trackagent.client import imports
 from trackagent.client.config import ClientConfig
 from trackagent.client.journal import Journal
 from trackagent.client.trust import check_socket
@@ -171,9 +172,11 @@ class Sender:
             return False
         # gRPC prints a line at every fork unless told so before its import.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-        import grpc
+        with imports.whole():
+            import grpc
 
-        stream = _Stream(address, self._producer, self._acknowledged, self.wake)
+            # Which imports the protocol, and grpc the rest of itself.
+            stream = _Stream(address, self._producer, self._acknowledged, self.wake)
         try:
             with self._turn:
                 schemas = self._journal.schemas(MAX_SCHEMAS_BYTES)
