@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
 TRIM_INTERVAL_S = 1.0
-MEMORY_INTERVAL_S = 30.0
 WATCH_INTERVAL_S = 0.5
 # On the disk of the state, to begin.
 NEEDED_BYTES = 256 * 1024
@@ -57,6 +56,7 @@ def serve(config: AgentConfig) -> int:
     logging.getLogger("trackagent").setLevel(config.log_level.upper())
     # The gate has two more for each connection.
     allow_files(config.max_streams, each=1 if config.group is None else 3)
+    give_memory_back()
     started_ns = time.time_ns()
     version = importlib.metadata.version("trackagent")
     if config.group is not None:
@@ -249,13 +249,12 @@ async def _serve(
     _open_to_group(config)
     pipeline.start()
     orphans.start()
-    housekeeping = [asyncio.create_task(work) for work in (_trim(quarantine), _give_memory_back())]
+    trimming = asyncio.create_task(_trim(quarantine))
     logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
     logger.info("runs are stored in %s", config.store_path)
 
     missing = await _gone(stop, locks, [*sockets, *locks])
-    for task in housekeeping:
-        task.cancel()
+    trimming.cancel()
     if missing is None:
         logger.info("stopping: taking what is under way, then delivering what is spooled")
     else:
@@ -305,12 +304,6 @@ async def _trim(quarantine: Quarantine) -> None:
                 logger.warning("cannot keep the quarantine small: %s; trying again", error)
             told = str(error)
         await asyncio.sleep(TRIM_INTERVAL_S)
-
-
-async def _give_memory_back() -> None:
-    while True:
-        await asyncio.sleep(MEMORY_INTERVAL_S)
-        await asyncio.to_thread(give_memory_back)
 
 
 async def _access(config: AgentConfig, spool: Spool) -> Access:

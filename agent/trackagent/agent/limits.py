@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 # What the agent opens beside one connection a rank: databases, journals, gRPC's own.
 OWN_FILES = 64
+LARGE_BYTES = 1024 * 1024
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 
 def allow_files(streams: int, *, each: int) -> None:
@@ -32,11 +34,15 @@ def allow_files(streams: int, *, each: int) -> None:
 
 
 def give_memory_back() -> None:
-    """Gives the system the memory that is free in the heaps; nothing under another C library than glibc.
+    """From here on blocks of LARGE_BYTES and more are mapped, and unmapped when they are freed. Does nothing
+    under another C library than glibc.
 
-    Its heaps, one for each thread, keep what they had at most, so an agent that merges and delivers grows for
-    hours. To map large blocks instead, which go back at once (M_MMAP_THRESHOLD), costs a page fault for each
-    4 KiB of every array.
+    That one raises this size, up to 32 MiB, when such a block is freed, and takes later ones from its heaps,
+    one for each thread. What they leave there is soon full of small blocks, so the next finds no room: an
+    agent that merges and delivers grows for hours.
     """
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+        # Fixed as well from now on, and 128 KiB would be a system call for every other array.
+        libc.mallopt(_M_TRIM_THRESHOLD, 4 * LARGE_BYTES)
