@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -371,3 +376,99 @@ while not begun() and time.monotonic() < deadline:
 print(begun(), forks > 0, sorted(found))
 """
     assert run_script(agent.folders, program).stdout == "True True []\n"
+
+
+# How a rank makes another process, which then calls work().
+MAKING = {
+    "fork": "multiprocessing.get_context('fork').Process(target=work)",
+    "spawn": "multiprocessing.get_context('spawn').Process(target=work)",
+    "a script": "Script()",
+}
+
+
+def job(tmp_path: Path, work: str, rank: str, making: str) -> Path:
+    """A script that runs `rank`; there `other` is a process to be started and joined, which runs `work`."""
+    script = tmp_path / "training.py"  # what is spawned imports it
+    script.write_text(f"""
+import multiprocessing, os, subprocess, sys
+from trackagent import client
+
+class Script:
+    def start(self):
+        self.join = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "work"]).wait
+
+def work():
+{indented(work)}
+
+def rank():
+    other = {MAKING[making]}
+{indented(rank)}
+
+if __name__ == "__main__":
+    work() if sys.argv[-1] == "work" else rank()
+""")
+    return script
+
+
+def indented(program: str) -> str:
+    return "\n".join(f"    {line}" for line in program.strip().splitlines())
+
+
+@pytest.mark.parametrize("making", MAKING)
+def test_a_process_that_is_given_its_ranks_run_is_of_its_attempt(
+    agent: AgentProcess, tmp_path: Path, making: str
+) -> None:
+    run_id = uuid4().hex
+    given = f"client.init(experiment='given', run_id={run_id!r})\n"
+    script = job(
+        tmp_path,
+        given + "client.log({'other': 1.0}, step=0)\nclient.finish()",
+        given + "other.start()\nother.join()\nclient.log({'rank': 1.0}, step=0)\nclient.finish()",
+        making,
+    )
+    begin = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    for attempt in (1, 2):
+        run_script(agent.folders, begin, RANK="0", WORLD_SIZE="1")
+        agent.wait_for_delivery()
+        run = agent.wait_for_status(run_id, "finished")
+        assert (run.attempt, run.ranks) == (attempt, 1)
+    exported = agent.run_cli("export", run_id, "--attempt", "2").stdout.splitlines()
+    assert sorted(json.loads(line)["key"] for line in exported) == ["other", "rank"]
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is in the demo extra")
+@pytest.mark.parametrize("making", ["spawn", "a script"])
+def test_what_ranks_of_torchrun_spawn_has_runs_of_its_own(
+    agent: AgentProcess, tmp_path: Path, making: str
+) -> None:
+    script = job(
+        tmp_path,
+        "run = client.init(experiment='own')\n"
+        "open(f'{sys.argv[1]}/own.{os.getpid()}', 'w').write(run.id)\n"
+        "client.finish()",
+        "for name in ('first', 'second'):\n"
+        "    run = client.init(experiment='ranks')\n"
+        "    client.log({'rank': run.rank}, step=0)\n"
+        "    open(f'{sys.argv[1]}/{name}.{run.rank}', 'w').write(run.id)\n"
+        "    if name == 'first':\n"
+        "        other.start(); other.join()\n"
+        "    client.finish()",
+        making,
+    )
+    told = tmp_path / "told"
+    told.mkdir()
+    options = ("--standalone", "--nproc-per-node=2", "--monitor-interval=0.1")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(told)],
+        env=agent.folders.environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=2 * DEADLINE_S,
+        check=True,
+    )
+    runs = {path.name: path.read_text() for path in told.iterdir()}
+    assert runs["first.0"] == runs["first.1"] != runs["second.0"] == runs["second.1"]
+    own = [run_id for name, run_id in runs.items() if name.startswith("own.")]
+    assert len({*own, runs["first.0"], runs["second.0"]}) == 4
+    for run_id, ranks in ((runs["first.0"], 2), (runs["second.0"], 2), (own[0], 1), (own[1], 1)):
+        run = agent.wait_for_status(run_id, "finished")
+        assert (run.attempt, run.ranks) == (1, ranks)

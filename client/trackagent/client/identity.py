@@ -9,11 +9,13 @@ there is no store to compare them in.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field
 from uuid import uuid4
 
 from trackagent.client.broadcast import (
@@ -38,6 +40,23 @@ from trackagent.client.errors import ConfigError, IdentityError
 MAX_NODE_CHARACTERS = 253  # a DNS name's limit, and Kubernetes'
 SPARE_CONNECT_S = 5.0  # where the store is of use but not needed
 
+# What a rank tells the processes that it starts, in their environment; JSON.
+RANK_PROCESS = "TRACKAGENT_RANK_PROCESS"
+# By these a process that a rank has started tells itself from a rank of another job.
+_LAUNCHERS_SAY = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_PROCID",
+)
 RUN_ID_VARIABLES = ("TRACKAGENT_RUN_ID", "MLFLOW_RUN_ID")
 REMEDY = (
     "start the ranks with torchrun, or call client.init() after "
@@ -101,21 +120,51 @@ class Ranks:
 
 @dataclass(slots=True)
 class History:
-    """What one process, and those that it was forked from, have decided so far. ranks: what the last of them
-    that was a rank was told; pid: that one's."""
+    """What one process, and those that it was forked or started from, have decided so far. job_times_ns: by
+    run, its job's. ranks: what the last of them that was a rank was told; pid: that one's."""
 
     calls: int = 0
     attempts: dict[str, int] = field(default_factory=dict)
     inherited: set[str] = field(default_factory=set)
+    job_times_ns: dict[str, int] = field(default_factory=dict)
     ranks: Ranks | None = None
     pid: int = 0
 
     def belongs_to(self, ranks: Ranks) -> bool:
-        """Whether this process was forked by the rank that it takes itself for."""
+        """Whether this process was forked or started by the rank that it takes itself for."""
         return ranks == self.ranks and os.getpid() != self.pid
+
+    def inherit(self, ranks: Ranks, environ: Mapping[str, str]) -> None:
+        """In a process that was started by the rank that it takes itself for: what that one has decided."""
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            said = json.loads(environ[RANK_PROCESS])
+            same = said["launcher"] == _launcher(environ) and Ranks(**said["ranks"]) == ranks
+            if same and said["pid"] != os.getpid():
+                self.ranks, self.pid = ranks, int(said["pid"])
+                self.attempts[said["run_id"]] = int(said["attempts"]) - 1
+                self.job_times_ns[said["run_id"]] = int(said["job_time_ns"])
+
+    def bequeath(self, run_id: str, environ: MutableMapping[str, str]) -> None:
+        """Tells the processes that this one starts whose they are, where a launcher made it a rank of a job:
+        they have its environment, and would take themselves for the rank."""
+        launcher = _launcher(environ)
+        if self.ranks is not None and self.pid == os.getpid() and launcher:
+            said = {
+                "pid": self.pid,
+                "ranks": asdict(self.ranks),
+                "launcher": launcher,
+                "run_id": run_id,
+                "attempts": self.attempts[run_id],
+                "job_time_ns": self.job_times_ns[run_id],
+            }
+            environ[RANK_PROCESS] = json.dumps(said)
 
 
 _HISTORY = History()
+
+
+def _launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: environ[name] for name in _LAUNCHERS_SAY if environ.get(name)}
 
 
 def run_is_inherited(run_id: str, history: History = _HISTORY) -> None:
@@ -131,7 +180,7 @@ def decide(
     run_id: str | None,
     timeout_s: float,
     hub: str = "",
-    environ: Mapping[str, str] = os.environ,
+    environ: MutableMapping[str, str] = os.environ,
     history: History = _HISTORY,
     find: Finder | None = None,
     hostname: Callable[[], str] = socket.gethostname,
@@ -143,9 +192,10 @@ def decide(
     """The identity of this process in the next run of its job; to be called once for each init(),
     by the main process of a rank, on every rank equally often.
 
-    Returns within about twice `timeout_s`. On rank 0 of a job it leaves a daemon thread that gives
-    its word to the others. ConfigError names an unusable argument or variable; IdentityError says
-    what was waited for. A call that raises does not count: the next one takes its place.
+    Notes in `environ` what processes that this one starts need to know. Returns within about twice
+    `timeout_s`. On rank 0 of a job it leaves a daemon thread that gives its word to the others. ConfigError
+    names an unusable argument or variable; IdentityError says what was waited for. A call that raises does
+    not count: the next one takes its place.
     """
     given, origin = given_run_id(run_id, environ)
     first_attempt = whole_number(
@@ -154,9 +204,11 @@ def decide(
     link, group, obstacle = (find or find_link)(environ)
     ranks = _ranks_here(group, environ)
     told = ranks
+    if history.ranks is None and group is None:
+        history.inherit(ranks, environ)
     belongs = history.belongs_to(ranks)
     if belongs:
-        # The rank that forked it speaks with the others. This one has a run of its own, or is one more
+        # The rank that made it speaks with the others. This one has a run of its own, or is one more
         # process of the run that it was given.
         link = None
         ranks = ranks if given else Ranks(rank=0, local_rank=0, world_size=1)
@@ -167,6 +219,7 @@ def decide(
         first_attempt=first_attempt,
         hub=hub,
         earlier=history.attempts,
+        job_time_ns=history.job_times_ns.get(given) if belongs and given else None,
         new_id=new_id,
         patience=Patience(limit_s=timeout_s, sleep=sleep, clock=clock),
         now_ns=now_ns,
@@ -187,6 +240,8 @@ def decide(
         history.ranks, history.pid = told, os.getpid()
     history.calls = caller.call
     history.attempts[word.run_id] = word.attempt - first_attempt + 1
+    history.job_times_ns[word.run_id] = word.job_time_ns
+    history.bequeath(word.run_id, environ)
     if agreed.server is not None:
         agreed.server.start()
     return Decision(
@@ -282,6 +337,7 @@ class _Caller:
     first_attempt: int
     hub: str
     earlier: Mapping[str, int]
+    job_time_ns: int | None
     new_id: Callable[[], str]
     patience: Patience
     now_ns: Callable[[], int]
@@ -303,6 +359,7 @@ class _Caller:
         run_id = self.given or self.new_id()
         # Another rank, which this one cannot ask, may say another time: only rank 0's would be the job's.
         time_ns = self.now_ns() if self.ranks.rank == 0 and (self.alone or told) else 0
+        time_ns = time_ns if self.job_time_ns is None else self.job_time_ns
         return self.word(run_id, self.earlier.get(run_id, 0) + 1, time_ns)
 
     def server(self, store: Store | None, link: Link, word: Word) -> Server:
