@@ -8,11 +8,22 @@ import subprocess
 import sys
 
 from tests.agent.samples import producer
-from tests.agent.spools import ANY_SIZE, DATA, ID, OpenSpool, appended, delivery, spooled
-from tests.fakes import Folders
+from tests.agent.spools import (
+    ANY_SIZE,
+    DATA,
+    ID,
+    OpenSpool,
+    appended,
+    delivery,
+    ranges,
+    spooled,
+)
+from tests.fakes import DEADLINE_S, Folders
 from trackagent.agent.spool import (
     Spool,
 )
+
+LONG_S = 3600.0
 
 
 def test_a_sink_that_has_everything_gets_nothing(opened: Spool) -> None:
@@ -46,6 +57,28 @@ def test_what_a_sink_has_yet_to_get_stays_while_its_cursor_is_lost(
     opened.delivered("store", delivery(opened).id.last).result()
     opened.add_sink("copy").result()
     assert spooled(opened, "copy") == [(0, 0, DATA)]
+
+
+def test_a_patient_delivery_has_what_arrives_meanwhile(opened: Spool) -> None:
+    found = opened.next_delivery("store", ANY_SIZE, patience_s=LONG_S)
+    opened.append(ID, 0, 0, DATA)
+    result = found.result(DEADLINE_S)
+    assert result is not None
+    assert ranges(result) == [(0, 0, DATA)]
+
+
+def test_a_patient_delivery_comes_when_nothing_arrives(opened: Spool) -> None:
+    appended(opened, 1)
+    assert opened.next_delivery("store", ANY_SIZE, patience_s=0.01).result(DEADLINE_S) is not None
+
+
+def test_a_patient_word_of_a_delivery_shares_the_commit_of_what_arrives(opened: Spool) -> None:
+    appended(opened, 1)
+    last = delivery(opened).id.last
+    said = opened.delivered("store", last, patience_s=LONG_S)
+    opened.append(ID, 0, len(DATA), DATA)
+    said.result(DEADLINE_S)
+    assert spooled(opened) == [(0, len(DATA), DATA)]
 
 
 def test_the_range_stays_the_same_whatever_size_is_asked_for(opened: Spool) -> None:

@@ -109,10 +109,13 @@ class Spool:
         connect: Callable[..., sqlite3.Connection] = sqlite3.connect,
     ) -> None:
         self._max_bytes = max_bytes
+        self._linger_s = linger_s
         self._file = SpoolFile(path, connect)
         self._use(self._file.open())
         self._sinks: set[str] = set()
         self._received_bytes = 0
+        # Since the last commit; also where that was rolled back, which wakes somebody in vain.
+        self._arrived = False
         self._infos: dict[int, ProducerInfo] = {}
         self._schemas: dict[tuple[int, int], tuple[str, ...]] = {}
         self._schemas_bytes = 0
@@ -120,10 +123,10 @@ class Spool:
         self._wakes = 0
         self._commits = GroupCommit(
             self._writer,
-            linger_s=linger_s,
             is_damage=is_damage,
             mend=self._mend,
-            committed=self._file.note_commit,
+            committed=self._note_commit,
+            rolled_back=self._forget,
         )
 
     def _use(self, connection: sqlite3.Connection) -> None:
@@ -180,8 +183,7 @@ class Spool:
                 tables.add_schema(number, schema_id, keys)
             return tables.lanes(number), len(missing)
 
-        # Rolled back, its number goes to another one; a job of the same commit may have looked it up.
-        return self._spooling(job, size=0, undo=self._infos.clear)
+        return self._spooling(job, size=0)
 
     def append(
         self,
@@ -201,7 +203,7 @@ class Spool:
         return self._spooling(
             lambda: self._append(producer_id, lane, first_offset, journal_bytes, schemas),
             size=len(journal_bytes),
-            patient=patient,
+            patience_s=self._linger_s if patient else 0.0,
         )
 
     def append_own(self, producer_id: bytes, encoded: bytes) -> Future[int]:
@@ -229,8 +231,7 @@ class Spool:
         job: Callable[[], tuple[T, int]],
         *,
         size: int,
-        undo: Callable[[], None] = lambda: None,
-        patient: bool = False,
+        patience_s: float = 0.0,
     ) -> Future[T]:
         """Submits a job that also returns how many bytes it has added to the batches."""
         added = 0
@@ -238,14 +239,14 @@ class Spool:
         def work() -> T:
             nonlocal added
             result, added = job()
+            self._arrived |= added > 0
             return result
 
         def committed(future: Future[T]) -> None:
             if added and not future.cancelled() and future.exception() is None:
                 self._received_bytes += added
-                self.wake()
 
-        future = self._commits.submit(work, undo=undo, size=size, patient=patient)
+        future = self._commits.submit(work, size=size, patience_s=patience_s)
         future.add_done_callback(committed)
         return future
 
@@ -336,11 +337,11 @@ class Spool:
         return self._commits.submit(job)
 
     def next_delivery(
-        self, sink: str, max_bytes: int, max_batches: int | None = None
+        self, sink: str, max_bytes: int, max_batches: int | None = None, *, patience_s: float = 0.0
     ) -> Future[Delivery | None]:
         """The next range for a sink, about `max_bytes` long and of at most `max_batches`, None when it has
         everything. The same range until `delivered` or `shorten` is called, also after a crash. Fails with
-        UnknownSink."""
+        UnknownSink. patience_s: how long it may wait for what arrives, and share its commit."""
 
         def job() -> Delivery | None:
             state = self._sink(sink)
@@ -361,7 +362,7 @@ class Spool:
                 self._tables.plan(sink, planned)
             return Delivery(BatchId(state.origin, state.cursor + 1, planned), batches)
 
-        return self._commits.submit(job)
+        return self._commits.submit(job, patience_s=patience_s, last=True)
 
     def shorten(self, sink: str, last: int) -> Future[None]:
         """The sink's range ends at batch `last` instead, and is another one. Only where the sink has rejected
@@ -375,9 +376,11 @@ class Spool:
         *,
         rejected: bool = False,
         own_records: Sequence[tuple[bytes, bytes]] = (),
+        patience_s: float = 0.0,
     ) -> Future[None]:
         """The sink is done with its range up to batch `last`; what all sinks are done with is deleted.
-        own_records: of the agent's own about producers, by their id, that go with it. Idempotent."""
+        own_records: of the agent's own about producers, by their id, that go with it. patience_s: how long
+        it may wait for others to share its commit. Idempotent."""
 
         def job() -> None:
             if not self._tables.move_cursor(sink, last, rejected=rejected):
@@ -388,7 +391,7 @@ class Spool:
             self._delete_delivered()
             self._give_pages()
 
-        return self._commits.submit(job)
+        return self._commits.submit(job, patience_s=patience_s)
 
     def wait(self, seen: int, timeout_s: float) -> int:
         """Waits until something was appended after `seen` (what an earlier call returned; 0 at
@@ -503,7 +506,7 @@ class Spool:
         if end <= committed:
             return committed, 0
         fresh = journal_bytes[committed - first_offset :]
-        held = tables.waiting(0)[1]
+        held = tables.held()
         if capped and held + len(fresh) > self._max_bytes:
             raise SpoolFull(
                 f"the spool holds {held} bytes, its limit is {self._max_bytes}: a sink is behind"
@@ -523,6 +526,17 @@ class Spool:
     def _delete_delivered(self) -> None:
         if self._sinks <= self._tables.sinks().keys():
             self._tables.delete_delivered()
+
+    def _note_commit(self) -> None:
+        self._file.note_commit()
+        if self._arrived:
+            self._arrived = False
+            self.wake()
+
+    def _forget(self) -> None:
+        """Something was rolled back: a number that was looked up may go to another producer."""
+        self._tables.forget()
+        self._infos.clear()
 
     def _sink(self, name: str) -> SinkState:
         sink = self._tables.sink(name)

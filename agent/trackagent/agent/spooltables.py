@@ -22,7 +22,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 from trackagent.agent.producers import from_fields, to_fields
@@ -57,7 +57,12 @@ CREATE TABLE batches (
 );
 """
 
+# Of producers and of lanes each; then all are forgotten.
+_REMEMBERED = 10_000
+
 Value = int | float | str | bytes | None
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class SpoolDamaged(sqlite3.DatabaseError):
@@ -76,8 +81,10 @@ class SinkState:
 
 def checksum(table: str, *fields: Value) -> int:
     """Of a row of `table` with these columns, text and its UTF-8 alike."""
-    plain = (field.encode() if isinstance(field, str) else field for field in fields)
-    return crc32(repr((table, *plain)).encode())
+    row: tuple[Value, ...] = (table, *fields)
+    if str in map(type, fields):
+        row = (table, *(field.encode() if isinstance(field, str) else field for field in fields))
+    return crc32(repr(row).encode())
 
 
 def schema() -> str:
@@ -133,13 +140,34 @@ def check_batch(row: tuple[Any, ...]) -> None:
         raise SpoolDamaged(f"batch {fields[0]} has another checksum")
 
 
+@dataclass(slots=True)
+class _Counts:
+    """Batches and bytes up to the last one, and the bytes before the first one that is there."""
+
+    ordinal: int
+    total: int
+    before: int
+
+
 class Tables:
-    """The tables in the database of `connection`. To be used by one thread, inside its transactions."""
+    """The tables in the database of `connection`, which nobody else writes. To be used by one thread, inside
+    its transactions. What every batch needs to know of them is remembered; `forget` must be called after a
+    rollback."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._execute = connection.execute
         connection.create_function("checksum", -1, checksum, deterministic=True)
+        self._numbers: dict[bytes, int] = {}
+        self._lanes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._next: int | None = None
+        self._counts: _Counts | None = None
+
+    def forget(self) -> None:
+        """What is remembered may not be so any more."""
+        self._numbers.clear()
+        self._lanes.clear()
+        self._next = self._counts = None
 
     # --- the spool itself
 
@@ -158,14 +186,21 @@ class Tables:
         self._execute(
             "INSERT INTO spool VALUES (?, ?, ?, ?, ?, ?)", (*row, checksum("spool", *row))
         )
+        self._next = None
 
     # --- producers, lanes and schemas
 
     def number(self, producer_id: bytes) -> int | None:
+        known = self._numbers.get(producer_id)
+        if known is not None:
+            return known
         row = self._execute(
             "SELECT number FROM producers WHERE producer_id = ?", (producer_id,)
         ).fetchone()
-        return int(row[0]) if row else None
+        if row is None:
+            return None
+        _remember(self._numbers, producer_id, int(row[0]))
+        return int(row[0])
 
     def info(self, number: int) -> ProducerInfo:
         row = self._execute("SELECT info FROM producers WHERE number = ?", (number,)).fetchone()
@@ -237,6 +272,8 @@ class Tables:
             ("producers", "number"),
         ):
             self._execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))
+        self._numbers.clear()
+        self._lanes.clear()
 
     def lanes(self, producer: int) -> dict[int, int]:
         """By lane, up to where it is committed."""
@@ -245,10 +282,15 @@ class Tables:
 
     def lane(self, producer: int, lane: int) -> tuple[int, int]:
         """Up to where it is committed, and its last batch."""
-        row = self._execute(
-            "SELECT committed, last FROM lanes WHERE producer = ? AND lane = ?", (producer, lane)
-        ).fetchone()
-        return row or (0, 0)
+        state = self._lanes.get((producer, lane))
+        if state is None:
+            row = self._execute(
+                "SELECT committed, last FROM lanes WHERE producer = ? AND lane = ?",
+                (producer, lane),
+            ).fetchone()
+            state = row or (0, 0)
+            _remember(self._lanes, (producer, lane), state)
+        return state
 
     def set_lane(self, producer: int, lane: int, committed: int, last: int) -> None:
         row = (producer, lane, committed, last)
@@ -257,6 +299,7 @@ class Tables:
             " SET committed = excluded.committed, last = excluded.last, crc = excluded.crc",
             (*row, checksum("lanes", *row)),
         )
+        _remember(self._lanes, (producer, lane), (committed, last))
 
     def last_delivered(self, after: int, cursor: int) -> list[tuple[int, int]]:
         """Producer and last batch of the lanes whose last batch comes after a number, without those of which
@@ -292,12 +335,16 @@ class Tables:
 
     def put_batch(self, head: tuple[int, int, int, int, int, int], data: bytes) -> None:
         """A batch behind all others. head: number, producer, lane, first_offset, size, previous."""
-        ordinal, total = self._counted()
-        row = (*head, crc32(data), ordinal + 1, total + len(data))
+        counts = self._counted()
+        row = (*head, crc32(data), counts.ordinal + 1, counts.total + len(data))
         self._execute(
             "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*row, checksum("batches", *row), data),
         )
+        counts.ordinal += 1
+        counts.total += len(data)
+        if self._next is not None:
+            self._next = max(self._next, head[0] + 1)
 
     def batches(self, after: int) -> Iterator[tuple[int, int, int, int, bytes]]:
         """(number, producer, lane, first_offset, bytes) of each batch after `after`, in order. SpoolDamaged
@@ -318,14 +365,18 @@ class Tables:
     def delete_delivered(self) -> None:
         """What all sinks are done with."""
         self._execute("DELETE FROM batches WHERE number <= (SELECT MIN(cursor) FROM sinks)")
+        self._counts = None
 
     def next_number(self) -> int:
         """Of the next batch: greater than any there was."""
-        (number,) = self._execute(
-            "SELECT MAX((SELECT first_number FROM spool), (SELECT COALESCE(MAX(number), 0) + 1 FROM batches),"
-            " (SELECT COALESCE(MAX(MAX(cursor, COALESCE(planned, 0))), 0) + 1 FROM sinks))"
-        ).fetchone()
-        return int(number)
+        if self._next is None:
+            (self._next,) = self._execute(
+                "SELECT MAX((SELECT first_number FROM spool),"
+                " (SELECT COALESCE(MAX(number), 0) + 1 FROM batches),"
+                " (SELECT COALESCE(MAX(MAX(cursor, COALESCE(planned, 0))), 0) + 1 FROM sinks))"
+            ).fetchone()
+        assert self._next is not None
+        return self._next
 
     def ends(self) -> tuple[int, int]:
         """The numbers of the oldest and the newest batch; where there is none, of the next one twice."""
@@ -348,15 +399,24 @@ class Tables:
         ).fetchone()
         if row is None:
             return 0, 0
-        ordinal, total = self._counted()
-        return ordinal - row[0] + 1, total - row[1] + row[2]
+        counts = self._counted()
+        return counts.ordinal - row[0] + 1, counts.total - row[1] + row[2]
 
-    def _counted(self) -> tuple[int, int]:
-        """Batches and bytes up to the last one."""
-        row = self._execute(
-            "SELECT ordinal, total FROM batches ORDER BY number DESC LIMIT 1"
-        ).fetchone()
-        return row or (0, 0)
+    def held(self) -> int:
+        """The bytes of all batches."""
+        counts = self._counted()
+        return counts.total - counts.before
+
+    def _counted(self) -> _Counts:
+        if self._counts is None:
+            last = self._execute(
+                "SELECT ordinal, total FROM batches ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+            first = self._execute(
+                "SELECT total - size FROM batches ORDER BY number LIMIT 1"
+            ).fetchone()
+            self._counts = _Counts(*last, *first) if last else _Counts(0, 0, 0)
+        return self._counts
 
     # --- sinks
 
@@ -378,6 +438,7 @@ class Tables:
             "INSERT OR REPLACE INTO sinks VALUES (?, ?, ?, ?, ?, ?)",
             (*row, checksum("sinks", *row)),
         )
+        self._next = None
 
     def plan(self, name: str, last: int) -> None:
         """The sink's range ends at batch `last`."""
@@ -386,6 +447,7 @@ class Tables:
             " crc = checksum('sinks', name, origin, cursor, ?1, rejected) WHERE name = ?2",
             (last, name),
         )
+        self._next = None
 
     def move_cursor(self, name: str, last: int, *, rejected: bool) -> bool:
         """False when it is there, or has been."""
@@ -395,4 +457,11 @@ class Tables:
             " WHERE name = ?3 AND cursor < ?1",
             (last, rejected, name),
         )
+        self._next = None
         return moved.rowcount > 0
+
+
+def _remember(known: dict[_K, _V], key: _K, value: _V) -> None:
+    if len(known) >= _REMEMBERED:
+        known.clear()
+    known[key] = value
