@@ -4,9 +4,8 @@
 `Readable` lets only messages that can be read through to the services: others are refused as
 INVALID_ARGUMENT, where gRPC would log a traceback and say UNKNOWN.
 
-An interceptor is asked once for each call, and gives the handler that serves it. Of a stream, `Discreet`
-stands between all of its answers and `Readable` between all of its messages, so neither waits for anything
-of its own there.
+An interceptor is asked once for each call, and gives the handler that serves it. A service writes the answers
+of a stream to its context: so nothing of `Discreet` stands between them and gRPC.
 """
 
 from __future__ import annotations
@@ -51,17 +50,11 @@ class Discreet(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
             return grpc.unary_unary_rpc_method_handler(answer, *codec)
         if handler.stream_stream is not None:
 
-            async def answers(
-                requests: AsyncIterator[object], context: Context
-            ) -> AsyncIterator[object]:
-                async with (
-                    _unexpected_is_logged(method, context),
-                    contextlib.aclosing(handler.stream_stream(requests, context)) as found,
-                ):
-                    async for one in found:
-                        yield one
+            async def serve(requests: AsyncIterator[object], context: Context) -> None:
+                async with _unexpected_is_logged(method, context):
+                    await handler.stream_stream(requests, context)
 
-            return grpc.stream_stream_rpc_method_handler(answers, *codec)
+            return grpc.stream_stream_rpc_method_handler(serve, *codec)
         return handler
 
 

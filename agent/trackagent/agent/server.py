@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections import Counter
+import threading
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -60,9 +61,75 @@ class _Commits:
     is refused; None at the end."""
 
     def __init__(self) -> None:
-        self.queue: asyncio.Queue[tuple[int, Future[int]] | _Refused | None] = asyncio.Queue()
         self.slots = asyncio.Semaphore(MAX_UNCOMMITTED)
         self.producer_ids: set[bytes] = set()
+        self._waiting: deque[tuple[int, Future[int]] | _Refused | None] = deque()
+        self._changed = asyncio.Event()
+
+    def add(self, item: tuple[int, Future[int]] | _Refused | None) -> None:
+        """A commit: `look` must be called when it is done."""
+        self._waiting.append(item)
+        if not isinstance(item, tuple):
+            self.look()
+
+    def look(self) -> None:
+        """Something may be there to be told."""
+        self._changed.set()
+
+    async def next(self) -> tuple[int, Future[int]] | _Refused | None:
+        """Takes the oldest, when its commit is done, successfully or not."""
+        while not self._waiting or not _is_done(self._waiting[0]):
+            self._changed.clear()
+            await self._changed.wait()
+        self.slots.release()
+        return self._waiting.popleft()
+
+
+def _is_done(item: tuple[int, Future[int]] | _Refused | None) -> bool:
+    return not isinstance(item, tuple) or item[1].done()
+
+
+class _Uncommitted:
+    """The bytes that await their commit, of all streams together, and what follows when it is done.
+
+    The spool's thread is done with many at once. The event loop is woken once for all of them: it is the
+    wake-up that costs.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._bytes = 0
+        self._room = asyncio.Event()
+        self._lock = threading.Lock()
+        self._done: list[tuple[_Commits, int]] = []
+
+    async def room(self, size: int) -> None:
+        """Waits until so much more may be taken, or nothing is left to wait for."""
+        while self._bytes and self._bytes + size > self._most:
+            self._room.clear()
+            await self._room.wait()
+
+    def add(self, commit: Future[int], commits: _Commits, size: int) -> None:
+        """A batch of the stream `commits`; it is told when this one is done."""
+        loop = asyncio.get_running_loop()
+        self._bytes += size
+
+        def done(_: object) -> None:
+            with self._lock:
+                self._done.append((commits, size))
+                first = len(self._done) == 1
+            if first:
+                loop.call_soon_threadsafe(self._settle)
+
+        commit.add_done_callback(done)
+
+    def _settle(self) -> None:
+        with self._lock:
+            done, self._done = self._done, []
+        for commits, size in done:
+            self._bytes -= size
+            commits.look()
+        self._room.set()
 
 
 class Servicer(agent_pb2_grpc.AgentServicer):
@@ -86,8 +153,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         # Of users who do not run the agent; all others together under None.
         self._users_streams: Counter[int | None] = Counter()
         self._connected: Counter[bytes] = Counter()
-        self._uncommitted_bytes = 0
-        self._room = asyncio.Event()
+        self._uncommitted = _Uncommitted(config.uncommitted_bytes)
 
     def is_connected(self, producer_id: bytes) -> bool:
         """Whether a stream is open that is the producer's or has brought something of it. From any thread."""
@@ -122,9 +188,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             ],
         )
 
-    async def Push(
-        self, requests: AsyncIterator[agent_pb2.PushRequest], context: Context
-    ) -> AsyncIterator[agent_pb2.PushResponse]:
+    async def Push(self, requests: AsyncIterator[agent_pb2.PushRequest], context: Context) -> None:
         if self._streams >= self._config.max_streams:
             await _abort(
                 context,
@@ -144,13 +208,13 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         reader = asyncio.create_task(self._read(requests, commits, context.peer()))
         try:
             await self._greet(context, commits.producer_ids)
-            while (item := await commits.queue.get()) is not None:
-                commits.slots.release()
+            while (item := await commits.next()) is not None:
                 if isinstance(item, _Refused):
                     await _abort(context, item.code, item.message)
                 lane, commit = item
                 offset = await _result(commit, context)
-                yield agent_pb2.PushResponse(lane=lane, offset=offset)
+                # Written, not yielded: a generator, and each that passes its answers on, costs more.
+                await context.write(agent_pb2.PushResponse(lane=lane, offset=offset))
             await reader  # if it failed, the stream must not end as if all had been taken
         finally:
             self._streams -= 1
@@ -189,13 +253,13 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         try:
             async for request in requests:
                 await commits.slots.acquire()
-                commits.queue.put_nowait(await self._taken(request, commits.producer_ids, peer))
+                commits.add(await self._taken(request, commits, peer))
         finally:
             # Whatever ends the reading ends the answers.
-            commits.queue.put_nowait(None)
+            commits.add(None)
 
     async def _taken(
-        self, request: agent_pb2.PushRequest, producer_ids: set[bytes], peer: str
+        self, request: agent_pb2.PushRequest, commits: _Commits, peer: str
     ) -> tuple[int, Future[int]] | _Refused:
         """The lane of a batch and its commit, or why it is refused."""
         size = len(request.journal_bytes)
@@ -210,16 +274,12 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"offset {request.first_offset} of lane {request.lane}",
             )
-        if request.producer_id not in producer_ids:
+        if request.producer_id not in commits.producer_ids:
             refused = await self._refusal(peer, request.producer_id)
             if refused is not None:
                 return refused
-            self._note_connected(request.producer_id, producer_ids)
-        most = self._config.uncommitted_bytes
-        while self._uncommitted_bytes and self._uncommitted_bytes + size > most:
-            self._room.clear()
-            await self._room.wait()
-        self._uncommitted_bytes += size
+            self._note_connected(request.producer_id, commits.producer_ids)
+        await self._uncommitted.room(size)
         commit = self._spool.append(
             request.producer_id,
             request.lane,
@@ -228,13 +288,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             # Nobody waits for an acknowledgement: the journal holds the data as long.
             patient=True,
         )
-        loop = asyncio.get_running_loop()
-        commit.add_done_callback(lambda _: loop.call_soon_threadsafe(self._give_room, size))
+        self._uncommitted.add(commit, commits, size)
         return request.lane, commit
-
-    def _give_room(self, size: int) -> None:
-        self._uncommitted_bytes -= size
-        self._room.set()
 
     async def CloseRun(
         self, request: agent_pb2.CloseRunRequest, context: Context
@@ -305,8 +360,7 @@ async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.
 async def _result(job: Future[T], context: Context) -> T:
     """What a job of the spool results in; ends the call where it fails."""
     try:
-        # Wrapped only here: of a stream that broke, nobody asks for the rest.
-        return await asyncio.wrap_future(job)
+        return job.result() if job.done() else await asyncio.wrap_future(job)
     except SpoolFull as error:
         await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
     except UnknownProducer as error:
