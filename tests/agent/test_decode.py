@@ -85,6 +85,16 @@ def same(one: Batch, other: Batch) -> bool:
     return (rest(one), [*map(plain, one.points)]) == (rest(other), [*map(plain, other.points)])
 
 
+def in_order(*batches: Batch) -> dict[tuple[str, ...], list[tuple[int, int, bytes]]]:
+    """By keys, step, time and values of each record."""
+    found: dict[tuple[str, ...], list[tuple[int, int, bytes]]] = {}
+    for points in (points for batch in batches for points in batch.points):
+        values = (row.tobytes() for row in points.values.T)
+        rows = zip(points.steps.tolist(), points.times_ns.tolist(), values, strict=True)
+        found.setdefault(points.keys, []).extend(rows)
+    return found
+
+
 # --- metrics
 
 BITS = {
@@ -505,6 +515,20 @@ def test_any_json_decodes(encoded: bytes) -> None:
     assert decoded(encoded + ONE).metric_records == {ID: 1}
 
 
+# What a batch of a lane may be.
+PARTS = [
+    metrics(0, 1, 0.5, 0.25),
+    metrics(0, 2, 1.5, 0.25) + metrics(0, 3, 2.5, 0.25),
+    metrics(1, 4, 0.75),
+    metrics(0, 5, 3.5, 0.25) + metrics(1, 6, 1.75),
+    metrics(9, 7, 1.0),
+    said(Kind.PARAMS, {"lr": "0.1"}),
+    metrics(0, 8, 4.5, 0.25) + said(Kind.TAGS, {"state": "b"}),
+    broken(metrics(0, 9, 5.5, 0.25) + metrics(0, 10, 6.5, 0.25), 40),
+    metrics(0, 11, 7.5, 0.25)[:-8],
+]
+
+
 @given(st.data(), CHANGES)
 def test_a_delivery_decodes_to_the_same_batch_every_time(
     data: st.DataObject, changes: list[tuple[int, int]]
@@ -512,6 +536,21 @@ def test_a_delivery_decodes_to_the_same_batch_every_time(
     offset = data.draw(st.sampled_from(OFFSETS))
     batches = (VALID, remade(VALID, offset, changes), broken(VALID, changes[0][0] % len(VALID)))
     assert same(decoded(*batches), decoded(*batches))
+
+
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6))
+def test_batches_of_a_delivery_say_what_each_of_them_says_alone(parts: list[bytes]) -> None:
+    whole = delivery(*parts)
+    batch = decode(whole, lambda _, id_: KEYS.get(id_))
+    alone = [
+        decode(Delivery(whole.id, [one]), lambda _, id_: KEYS.get(id_)) for one in whole.batches
+    ]
+    for name in ("params", "tags", "events", "ends", "losses", "gaps"):
+        assert getattr(batch, name) == [item for one in alone for item in getattr(one, name)]
+    assert in_order(batch) == in_order(*alone)
+    assert sum(batch.metric_records.values()) == sum(
+        sum(one.metric_records.values()) for one in alone
+    )
 
 
 @examples(5)

@@ -69,7 +69,8 @@ class AgentConfig:
     """Unix group that may use the socket too; None: only the user who runs the agent."""
 
     deliver_interval_s: float = 0.5
-    """How long a received record may wait before it is delivered to the sinks."""
+    """How long a received record may wait before it is delivered to the sinks; while more arrive, up to 0.2 s
+    longer, for a commit that can be shared."""
 
     drain_timeout_s: float = 20.0
     """How long an agent that is told to stop goes on delivering; the rest waits in its spool."""

@@ -36,6 +36,8 @@ Keys = Callable[[int, int], "tuple[str, ...] | None"]
 
 LEVELS = ("info", "warning", "error")
 STATUSES = ("finished", "failed", "killed")
+# Short batches of a lane are decoded together, about so much at once: most of it is the same work for one.
+TOGETHER_BYTES = 256 * 1024
 # Records with more keys become several Points: stores limit their columns.
 MAX_KEYS_TOGETHER = 4096
 # Containers within containers in what an event carries.
@@ -68,7 +70,13 @@ def decode(delivery: Delivery, keys: Keys) -> Batch:
     decoded = _Decoded()
     for spooled in delivery.batches:
         decoded.producers[spooled.producer.producer_id] = spooled.producer
-        _decode_batch(spooled, keys, decoded)
+    together: set[int] = set()
+    for part in _parts(delivery.batches):
+        if len(part) > 1 and _decode_together(part, keys, decoded):
+            together.update(spooled.number for spooled in part)
+    for spooled in delivery.batches:
+        if spooled.number not in together:
+            _decode_batch(spooled, keys, decoded)
     return Batch(
         id=delivery.id,
         producers=list(decoded.producers.values()),
@@ -83,13 +91,57 @@ def decode(delivery: Delivery, keys: Keys) -> Batch:
     )
 
 
+def _parts(batches: Sequence[SpooledBatch]) -> Iterator[list[SpooledBatch]]:
+    """Batches that follow each other in their lane, up to about TOGETHER_BYTES of them."""
+    parts: dict[tuple[int, int], list[SpooledBatch]] = {}
+    sizes: dict[tuple[int, int], int] = {}
+    for spooled in batches:
+        lane = (spooled.producer_number, spooled.lane)
+        part = parts.get(lane)
+        if part is not None:
+            before = part[-1]
+            end = before.first_offset + len(before.journal_bytes)
+            if spooled.first_offset != end or sizes[lane] >= TOGETHER_BYTES:
+                yield parts.pop(lane)
+                part = None
+        if part is None:
+            part = parts[lane] = []
+            sizes[lane] = 0
+        part.append(spooled)
+        sizes[lane] += len(spooled.journal_bytes)
+    yield from parts.values()
+
+
+def _decode_together(part: Sequence[SpooledBatch], keys: Keys, out: _Decoded) -> bool:
+    """What a lane's batches say that are nothing but metric records without a fault; False, and nothing is
+    done, where they are not: then each is looked at by itself, and in the order in which they came."""
+    data = b"".join(spooled.journal_bytes for spooled in part)
+    scan = record.scan(data)
+    if scan.damage or scan.end < len(data):
+        return False
+    offsets = np.array(scan.offsets, dtype=np.int64)
+    if not (np.frombuffer(data, dtype=np.uint8)[offsets + 8] == Kind.METRICS).all():
+        return False
+    found = _Decoded()
+    if _decode_metrics(part[0], data, offsets, keys, found):
+        return False
+    for series, arrays in found.points.items():
+        out.points[series] += arrays
+    for producer_id, records in found.metric_records.items():
+        out.metric_records[producer_id] += records
+    return True
+
+
 def _joined(
     series: tuple[bytes, tuple[str, ...]], parts: Sequence[tuple[Ints, Ints, Floats]]
 ) -> Iterator[Points]:
     producer_id, keys = series
-    steps = np.concatenate([steps for steps, _, _ in parts])
-    times_ns = np.concatenate([times for _, times, _ in parts])
-    values = np.concatenate([values for _, _, values in parts]).T
+    steps, times_ns, values = parts[0]
+    if len(parts) > 1:
+        steps = np.concatenate([steps for steps, _, _ in parts])
+        times_ns = np.concatenate([times for _, times, _ in parts])
+        values = np.concatenate([values for _, _, values in parts])
+    values = values.T
     for first in range(0, len(keys), MAX_KEYS_TOGETHER):
         columns = slice(first, first + MAX_KEYS_TOGETHER)
         yield Points(
@@ -109,7 +161,7 @@ def _decode_batch(spooled: SpooledBatch, keys: Keys, out: _Decoded) -> None:
         octets = np.frombuffer(data, dtype=np.uint8)
         kinds = octets[offsets + 8]
         metrics = offsets[kinds == Kind.METRICS]
-        unreadable += _decode_metrics(spooled, metrics, keys, out)
+        unreadable += _decode_metrics(spooled, data, metrics, keys, out)
         for offset in offsets[kinds != Kind.METRICS].tolist():
             try:
                 _decode_other(spooled, record.decode(data, offset), out)
@@ -136,17 +188,17 @@ def _decode_batch(spooled: SpooledBatch, keys: Keys, out: _Decoded) -> None:
 
 
 def _decode_metrics(
-    spooled: SpooledBatch, offsets: Ints, keys: Keys, out: _Decoded
+    spooled: SpooledBatch, data: bytes, offsets: Ints, keys: Keys, out: _Decoded
 ) -> list[tuple[int, str]]:
-    """All METRICS records of a batch; returns how many could not be read, and of what."""
+    """All METRICS records, which start at `offsets` of `data`, of a batch or of those that follow it too;
+    returns how many could not be read, and of what."""
     unreadable: list[tuple[int, str]] = []
-    data = spooled.journal_bytes
     # Records start at multiples of 8, so all of their fields lie in these two views.
     words = np.frombuffer(data, dtype="<i8", count=len(data) // 8)
     numbers = words.view("<f8")
     heads = words[offsets // 8 + 1]
     producer_id = spooled.producer.producer_id
-    for head in np.unique(heads).tolist():
+    for head in sorted(set(heads.tolist())):
         schema_id = head >> 16 & 0xFFFF
         count = head >> 32 & 0xFFFFFFFF
         starts = offsets[heads == head] // 8

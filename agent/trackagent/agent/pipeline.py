@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -37,6 +38,8 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 30.0
 MAX_BACKOFF_STOPPING_S = 1.0
 IDLE_WORK_S = 0.1
+# How long a delivery may wait for what ranks send, to share its commit: they send together, every 150 ms.
+SHARING_S = 0.2
 # How often dead letters that people want delivered again are looked for.
 RETRY_INTERVAL_S = 0.5
 # After a rejection deliveries are small; they double until they have this many batches.
@@ -99,19 +102,23 @@ class Pipeline(threading.Thread):
         self._until_done(self._reconcile)
         seen = 0
         idle_work = True
+        sharing = False
         while True:
-            began = time.monotonic()
             self._retry_letters()
-            delivery = self._until_done(self._next)
+            patience_s = self._patience_s() if sharing else 0.0
+            delivery = self._until_done(partial(self._next, patience_s))
+            sharing = False
             if delivery is not None:
-                self._deliver(delivery)
-                idle_work = True
+                began = time.monotonic()
                 # A full delivery, or one kept small, means that there is more: go on at once. Else the time
                 # in which records gather is the sink's own.
                 size = sum(len(batch.journal_bytes) for batch in delivery.batches)
+                self._deliver(delivery, hurried=size >= DELIVERY_BYTES)
+                idle_work = True
                 if size < DELIVERY_BYTES and self._most is None:
                     idle_work = self._idle()
                     self._stopping.wait(max(0.0, began + self._interval_s - time.monotonic()))
+                    sharing = True
             elif self._stopping.is_set():
                 break
             elif idle_work:
@@ -156,9 +163,14 @@ class Pipeline(threading.Thread):
             self._sink.deliver(batch)
         logger.error("%s; %d producers are concerned", message, len(infos))
 
-    def _next(self) -> Delivery | None:
+    def _patience_s(self) -> float:
+        return 0.0 if self._stopping.is_set() else min(SHARING_S, self._interval_s)
+
+    def _next(self, patience_s: float) -> Delivery | None:
         try:
-            return self._spool.next_delivery(self._sink.name, DELIVERY_BYTES, self._most).result()
+            return self._spool.next_delivery(
+                self._sink.name, DELIVERY_BYTES, self._most, patience_s=patience_s
+            ).result()
         except UnknownSink:
             self._reconcile()
             raise
@@ -170,8 +182,9 @@ class Pipeline(threading.Thread):
             logger.exception("sink %s: its work between deliveries failed", self._sink.name)
             return False
 
-    def _deliver(self, delivery: Delivery) -> None:
-        """Until the delivery is accepted, halved or set aside."""
+    def _deliver(self, delivery: Delivery, *, hurried: bool) -> None:
+        """Until the delivery is accepted, halved or set aside. hurried: the next one is to follow at once."""
+        hurried = hurried or self._most is not None
 
         def attempt() -> None:
             self._retry_letters()
@@ -184,7 +197,10 @@ class Pipeline(threading.Thread):
                 else:
                     self._set_aside(delivery, str(error))
             else:
-                self._spool.delivered(self._sink.name, delivery.id.last).result()
+                patience_s = 0.0 if hurried else self._patience_s()
+                self._spool.delivered(
+                    self._sink.name, delivery.id.last, patience_s=patience_s
+                ).result()
                 if self._most is not None:
                     self._most = 2 * self._most if self._most < MANY_BATCHES else None
 

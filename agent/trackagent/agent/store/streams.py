@@ -23,6 +23,7 @@ _V = TypeVar("_V")
 
 _REMEMBERED = 10_000  # of each kind; then all are forgotten
 _REMEMBERED_BYTES = 24 * 1024 * 1024  # about, of all kinds together
+_KINDS = (np.dtype(np.int64), np.dtype(np.int64), np.dtype(np.float64))  # steps, times, values
 _KEY_BYTES = 64  # of a key in memory, without its text
 
 
@@ -75,9 +76,11 @@ class Streams:
         keys = group[0].keys
         for points in group:
             _check(points)
-        steps = np.concatenate([points.steps for points in group])
-        times = np.concatenate([points.times_ns for points in group])
-        values = np.concatenate([points.values for points in group], axis=1)
+        steps, times, values = group[0].steps, group[0].times_ns, group[0].values
+        if len(group) > 1:
+            steps = np.concatenate([points.steps for points in group])
+            times = np.concatenate([points.times_ns for points in group])
+            values = np.concatenate([points.values for points in group], axis=1)
         if not len(steps) or not keys:
             return 0, 0
         keyset = self._keyset(connection, keys)
@@ -172,9 +175,11 @@ class Streams:
 def _check(points: Points) -> None:
     n = len(points.steps)
     shapes = (points.steps.shape, points.times_ns.shape, points.values.shape)
-    kinds = " ".join(str(array.dtype) for array in (points.steps, points.times_ns, points.values))
-    if shapes != ((n,), (n,), (len(points.keys), n)) or kinds != "int64 int64 float64":
-        raise Rejected(f"points of {len(points.keys)} keys have shapes {shapes} and types {kinds}")
+    kinds = (points.steps.dtype, points.times_ns.dtype, points.values.dtype)
+    if shapes != ((n,), (n,), (len(points.keys), n)) or kinds != _KINDS:
+        raise Rejected(
+            f"points of {len(points.keys)} keys have shapes {shapes} and types {', '.join(map(str, kinds))}"
+        )
 
 
 def _advance(stream: _Stream, steps: Ints, times: Ints, values: Floats) -> None:
