@@ -191,7 +191,11 @@ class MemoryStore:
 
     def _attempt(self, info: ProducerInfo) -> int:
         every = self._state.producers.values()
-        said = {(one.job_time_ns, one.attempt) for one in every if one.run_id == info.run_id}
+        said = [
+            (one.job_time_ns, one.attempt, one.start_time_ns)
+            for one in every
+            if one.run_id == info.run_id
+        ]
         return attempt_numbers(said)[info.job_time_ns, info.attempt]
 
     def _logged(self, every: list[ProducerInfo]) -> int | None:

@@ -109,24 +109,36 @@ def test_a_store_of_before_keeps_its_attempts(tmp_path: Path) -> None:
         old.execute("PRAGMA application_id = 0")
         old.execute("PRAGMA user_version = 3")
         old.commit()
-    third = producer(0, attempt=1, job_time_ns=5, producer_id=b"3" * 16)
+    third = producer(0, attempt=1, job_time_ns=2_000_000_000_000_000_000, producer_id=b"3" * 16)
     with contextlib.closing(stored(path, [batch(2, third)])) as reader:
         assert reader.run(RUN).attempt == 3
 
 
 @pytest.mark.parametrize(
-    ("said", "numbers"),
+    ("said", "numbers"),  # job, attempt, when it started
     [
-        ([(5, 1), (5, 2), (9, 1), (9, 2)], [1, 2, 3, 4]),
-        ([(5, 1), (9, 7), (11, 1)], [1, 7, 8]),
-        ([(5, 3)], [3]),
+        ([(5, 1, 5), (5, 2, 8), (9, 1, 9), (9, 2, 10)], [1, 2, 3, 4]),
+        ([(5, 1, 5), (9, 7, 9), (11, 1, 11)], [1, 7, 8]),
+        ([(5, 3, 5)], [3]),
         # Nobody knows of jobs: what they say counts.
-        ([(0, 1), (0, 2)], [1, 2]),
+        ([(0, 1, 5), (0, 2, 6)], [1, 2]),
         # Who does not know its job is of the last one that has counted as far.
-        ([(5, 1), (9, 1), (0, 1)], [1, 2, 2]),
-        ([(5, 1), (5, 2), (9, 1), (0, 2)], [1, 2, 3, 2]),
-        ([(5, 1), (0, 4)], [5, 4]),
+        ([(5, 1, 5), (9, 1, 9), (0, 1, 6)], [1, 2, 2]),
+        ([(5, 1, 5), (5, 2, 6), (9, 1, 9), (0, 2, 6)], [1, 2, 3, 2]),
+        # Where none has, it was a job of its own, and began when it did.
+        ([(5, 1, 5), (0, 4, 3)], [5, 4]),
+        ([(5, 1, 5), (0, 2, 6)], [1, 2]),
+        ([(0, 1, 5), (6, 2, 6), (0, 3, 7)], [1, 2, 3]),
     ],
 )
-def test_attempts_are_counted_over_jobs(said: list[tuple[int, int]], numbers: list[int]) -> None:
-    assert attempt_numbers(set(said)) == dict(zip(said, numbers, strict=True))
+def test_attempts_are_counted_over_jobs(
+    said: list[tuple[int, int, int]], numbers: list[int]
+) -> None:
+    pairs = [(job, attempt) for job, attempt, _ in said]
+    for order in itertools.permutations(said):
+        assert attempt_numbers(order) == dict(zip(pairs, numbers, strict=True))
+
+
+def test_a_later_process_of_the_same_attempt_does_not_move_it() -> None:
+    said = [(5, 1, 5), (0, 2, 6), (7, 3, 7), (0, 2, 9)]
+    assert attempt_numbers(said) == {(5, 1): 1, (0, 2): 2, (7, 3): 3}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Set
+from collections.abc import Iterable
 
 from trackagent.agent.store.contract import (
     BatchId,
@@ -119,32 +119,37 @@ def _number_attempts(connection: sqlite3.Connection, run: int) -> None:
     """Counts the run's attempts over the jobs that continued it, in order of when each job first began it;
     a job's own number stays where it can. Producers may come in any order."""
     said = connection.execute(
-        "SELECT DISTINCT job_time_ns, said_attempt, attempt FROM producers WHERE run = ?", (run,)
+        "SELECT job_time_ns, said_attempt, min(start_time_ns), attempt FROM producers WHERE run = ?"
+        " GROUP BY job_time_ns, said_attempt, attempt",
+        (run,),
     ).fetchall()
-    numbers = attempt_numbers({(job, attempt) for job, attempt, _ in said})
+    numbers = attempt_numbers((job, attempt, start_ns) for job, attempt, start_ns, _ in said)
     connection.executemany(
         "UPDATE producers SET attempt = ? WHERE run = ? AND job_time_ns = ? AND said_attempt = ?",
         [
             (numbers[job, attempt], run, job, attempt)
-            for job, attempt, number in said
+            for job, attempt, _, number in said
             if numbers[job, attempt] != number
         ],
     )
 
 
-def attempt_numbers(said: Set[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """The run's number of each attempt that a job (by when it began) has counted. Who does not know its job
-    (0) is of the last one that has counted as far. Pure."""
+def attempt_numbers(said: Iterable[tuple[int, int, int]]) -> dict[tuple[int, int], int]:
+    """The run's number of each attempt that a job (by when it began) has counted. `said`: job, attempt, and
+    when a process of it started. Who does not know its job (0) is of the last one that has counted as far;
+    where none has, of one that began when the first such process did. Pure."""
+    began: dict[tuple[int, int], int] = {}
+    for job, attempt, start_ns in said:
+        pair = job, attempt
+        began[pair] = job or min(start_ns, began.get(pair, start_ns))
+    counted = {attempt for job, attempt in began if job}
     numbers: dict[tuple[int, int], int] = {}
     last = 0
-    known = sorted(pair for pair in said if pair[0])
-    counted = {attempt for _, attempt in known}
-    jobless = [pair for pair in said if not pair[0]]
-    for job, attempt in sorted([*known, *(pair for pair in jobless if pair[1] not in counted)]):
-        last = numbers[job, attempt] = max(last + 1, attempt)
-    for job, attempt in jobless:
-        if attempt in counted:
-            numbers[job, attempt] = max(n for (_, one), n in numbers.items() if one == attempt)
+    for job, attempt in sorted(began, key=lambda pair: (began[pair], pair[1])):
+        if job or attempt not in counted:
+            last = numbers[job, attempt] = max(last + 1, attempt)
+    for job, attempt in began.keys() - numbers.keys():
+        numbers[job, attempt] = max(n for (_, one), n in numbers.items() if one == attempt)
     return numbers
 
 
