@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import grpc
+from click.testing import CliRunner
 
+from trackagent.agent.cli import main
 from trackagent.agent.config import STORE_NAME
 from trackagent.agent.store import open_reader
 from trackagent.agent.store.contract import RunSummary, StoreError
@@ -30,7 +32,8 @@ from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 T = TypeVar("T")
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "trackagent"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0  # also where much else runs
+TORCHRUN_S = 100.0  # each of its processes imports torch, for seconds
 POLL_S = 0.02
 # What decides a process's identity or settings must come from the test, not from where it is run.
 LAUNCHER_VARIABLES = (
@@ -174,17 +177,15 @@ class AgentProcess:
     # --- what people see
 
     def run_cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`trackagent <arguments>` for this agent's folders; with `check`, it must succeed."""
-        done = subprocess.run(
-            [COMMAND, *arguments],
-            env=self.folders.environment,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stderr}"
-        return done
+        """`trackagent <arguments>` for this agent's folders; with `check`, it must succeed.
+
+        In this process: tests look often, and a process of its own takes 0.3 s of processor time to begin.
+        """
+        done = CliRunner().invoke(main, arguments, env=self.folders.environment)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert not check or done.exit_code == 0, f"{arguments}: {done.exit_code}\n{done.stderr}"
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
     def runs(self) -> list[dict[str, Any]]:
         """What `trackagent runs --json` lists; nothing where nothing is stored yet."""
@@ -276,6 +277,27 @@ def run_script(
         raise
     assert expect is None or process.returncode == expect, f"{process.returncode}\n{errors}"
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+@contextlib.contextmanager
+def torchrun(
+    folders: Folders, script: Path, *arguments: object, ranks: int = 2, restarts: int = 0
+) -> Iterator[subprocess.Popen[str]]:
+    """`torchrun` of a script, stdout and stderr piped; ended, with its ranks, after the block."""
+    options = (f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", *options)
+    process = subprocess.Popen(
+        [*launcher, str(script), *map(str, arguments)],
+        env=folders.environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=TORCHRUN_S)
 
 
 class Refusal(NamedTuple):

@@ -229,7 +229,11 @@ class Node:
         ]
         # As a file of SQLite's that was found damaged is called.
         left += [f"{path}" for path in self.folders.state.glob("*.damaged-*")]
-        status = json.loads(self.agent.run_cli("status", "--json").stdout)
+        done = self.agent.run_cli("status", "--json", check=False)
+        if done.returncode != 0:
+            # One that died a moment ago has a successor soon.
+            return [*left, f"no answer of an agent: {done.stderr}"]
+        status = json.loads(done.stdout)
         left += [f"in the spool: {status['spool']}"] if status["spool"]["batches"] else []
         left += [f"in the agent's status: {one}" for one in status["producers"]]
         for run_id in {rank.producer.run_id for rank in self.ranks}:

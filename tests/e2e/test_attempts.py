@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.fakes import AgentProcess, Folders, next_line, run_script, start_script, wait_until
+from tests.fakes import (
+    TORCHRUN_S,
+    AgentProcess,
+    Folders,
+    next_line,
+    run_script,
+    start_script,
+    torchrun,
+    wait_until,
+)
 from trackagent.agent.config import STORE_NAME
 from trackagent.agent.store import open_reader
 
@@ -64,16 +71,9 @@ def test_a_worker_group_that_torchrun_restarts_is_the_runs_next_attempt(
     script, told = tmp_path / "train.py", tmp_path / "told"
     script.write_text(TRAIN)
     told.mkdir()
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "--monitor-interval=0.1", str(script), str(told)],
-        env=agent.folders.environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    with torchrun(agent.folders, script, told, restarts=1) as process:
+        _, errors = process.communicate(timeout=TORCHRUN_S)
+    assert process.returncode == 0, errors
     [run_id] = {path.read_text() for path in told.iterdir()}
     run = agent.wait_for_status(run_id, "finished")
     assert (run.attempt, run.ranks) == (2, 2)

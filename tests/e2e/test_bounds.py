@@ -110,6 +110,8 @@ def test_a_full_spool_pushes_back_drops_nothing_and_flows_on(
         output, errors = process.communicate("\n", timeout=DEADLINE_S)
         assert output == "True\n", errors
     agent.wait_for_status(run_id, "finished")
+    # The last word may come before the last events, which wait in another lane.
+    agent.wait_for_delivery()
     shown = agent.shown(run_id)
     numbers = [int(event["message"].split()[0]) for event in shown["events"]]
     assert (sorted(numbers), shown["losses"]) == (list(range(3_600)), {})

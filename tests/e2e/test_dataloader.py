@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import DEADLINE_S, AgentProcess, Point, next_line, run_script, start_script
+from tests.fakes import (
+    DEADLINE_S,
+    AgentProcess,
+    Point,
+    next_line,
+    run_script,
+    start_script,
+    wait_until,
+)
 
 # 4 forked workers log one record a sample, the rank one a batch. Prints the worker of each sample.
 LOADER = """
@@ -97,13 +105,13 @@ def test_a_worker_that_outlives_its_rank_does_not_hide_the_death(
 
 
 def test_what_a_living_worker_logs_is_stored_while_it_lives(agent: AgentProcess) -> None:
-    process = start_script(agent.folders, OUTLIVED, "logs")
-    run_id, pid = next_line(process).split()
-    process.kill()
-    agent.wait_for_status(run_id, "killed")
-    assert Point("worker", f"rank 0 pid {pid}", 0, 1.0) in agent.exported(run_id)
-    assert Path(f"/proc/{pid}").exists()
-    process.communicate(timeout=DEADLINE_S)
+    with start_script(agent.folders, OUTLIVED, "logs") as process:
+        run_id, pid = next_line(process).split()
+        process.kill()
+        agent.wait_for_status(run_id, "killed")
+        logged = Point("worker", f"rank 0 pid {pid}", 0, 1.0)
+        wait_until(lambda: logged in agent.exported(run_id), "what the worker logged is stored")
+        assert Path(f"/proc/{pid}").exists()
 
 
 FORK = """

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -18,11 +17,13 @@ import pytest
 
 from tests.fakes import (
     DEADLINE_S,
+    TORCHRUN_S,
     AgentProcess,
     Folders,
     next_line,
     run_script,
     start_script,
+    torchrun,
     wait_until,
 )
 from trackagent.agent.config import STORE_NAME
@@ -361,15 +362,9 @@ def test_a_job_that_torchrun_ends_for_one_rank_is_failed_with_that_ranks_error(
 ) -> None:
     script, told = tmp_path / "train.py", tmp_path / "run"
     script.write_text(TORCHRUN)
-    options = ("--standalone", "--nproc-per-node=2", "--monitor-interval=0.1")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(told)],
-        env=agent.folders.environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1
+    with torchrun(agent.folders, script, told) as process:
+        process.communicate(timeout=TORCHRUN_S)
+    assert process.returncode == 1
     run = agent.wait_for_status(told.read_text(), "failed")
     assert run.error == "RuntimeError: no data"
     points = agent.exported(run.run_id)

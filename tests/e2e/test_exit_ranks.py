@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 from tests.fakes import (
     DEADLINE_S,
+    TORCHRUN_S,
     AgentProcess,
     Folders,
     Point,
     next_line,
     run_script,
     start_script,
+    torchrun,
     wait_until,
 )
 from trackagent.agent.config import STORE_NAME
@@ -171,8 +170,20 @@ print(run.id)
 
 # --- torchrun that is told to stop
 
-TOLD = RANK.replace("print(run.id, flush=True)", "") + (
-    "open(f'{sys.argv[1]}.{run.rank}', 'w').write(run.id)\ntime.sleep(600)\n"
+# One torchrun for several jobs, of two ranks each, that begin without torch: it takes each rank 3 s.
+TOLD = (
+    """
+import json, os, sys
+job, rank = divmod(int(os.environ["RANK"]), 2)
+run_id, handler = json.loads(sys.argv[2])[job]
+os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "TRACKAGENT_RUN_ID": run_id}
+del os.environ["TORCHELASTIC_RUN_ID"]
+"""
+    + RANK.replace("print(run.id, flush=True)", "exec(handler)")
+    + """
+open(f"{sys.argv[1]}/{job}.{rank}", "x").close()
+time.sleep(600)
+"""
 )
 SAVED = """
 def save_and_leave(*_):
@@ -199,30 +210,32 @@ HANDLERS = {
 }
 
 
+@pytest.fixture(scope="module")
+def terminated(agent: AgentProcess, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The run of each handler, by its name, after torchrun was told to stop."""
+    folder = tmp_path_factory.mktemp("terminated")
+    (folder / "train.py").write_text(TOLD)
+    (folder / "ready").mkdir()
+    jobs = [(uuid4().hex, installed) for installed, _, _ in HANDLERS.values()]
+    arguments = (folder / "ready", json.dumps(jobs))
+    with torchrun(agent.folders, folder / "train.py", *arguments, ranks=2 * len(jobs)) as process:
+        wait_until(
+            lambda: len(os.listdir(folder / "ready")) == 2 * len(jobs),
+            "all ranks have logged",
+            timeout_s=TORCHRUN_S,
+        )
+        process.terminate()
+        process.communicate(timeout=TORCHRUN_S)
+    return {name: run_id for name, (run_id, _) in zip(HANDLERS, jobs, strict=True)}
+
+
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is in the demo extra")
 @pytest.mark.parametrize("handler", HANDLERS)
 def test_a_job_whose_torchrun_is_terminated_keeps_everything_and_says_how_its_ranks_ended(
-    agent: AgentProcess, tmp_path: Path, handler: str
+    agent: AgentProcess, terminated: dict[str, str], handler: str
 ) -> None:
     installed, status, error = HANDLERS[handler]
-    script, told = tmp_path / "train.py", tmp_path / "run"
-    script.write_text(TOLD.replace("open(", f"{installed}open(", 1))
-    options = ("--standalone", "--nproc-per-node=2", "--monitor-interval=0.1")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(told)],
-        env=agent.folders.environment | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        ranks = [tmp_path / f"run.{rank}" for rank in range(2)]
-        wait_until(lambda: all(path.exists() and path.read_text() for path in ranks))
-        os.kill(process.pid, signal.SIGTERM)
-        process.wait(DEADLINE_S)
-    finally:
-        process.kill()
-        process.wait(DEADLINE_S)
-    run = agent.wait_for_status(ranks[0].read_text(), status)
+    run = agent.wait_for_status(terminated[handler], status)
     assert run.error == error
     saved = [Point("saved", f"rank {rank}", STEPS, rank) for rank in (0, 1)]
     logged = points(0, 1) + (saved if installed == SAVED else [])
