@@ -11,6 +11,8 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.fakes import (
     COMMAND,
     DEADLINE_S,
@@ -206,3 +208,43 @@ def test_an_agent_without_a_file_to_open_goes_on_and_says_so(folders: Folders) -
     finally:
         agent.close()
     assert steps == list(range(500))
+
+
+# Begins with so few descriptors left, and has room again when it is told so.
+SHORT = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+taken = []
+try:
+    while True:
+        taken.append(os.dup(1))
+except OSError:
+    pass
+for _ in range(int(sys.argv[1])):
+    os.close(taken.pop())
+from trackagent import client
+run = client.init(experiment="short")
+for step in range(100):
+    client.log({"loss": float(step)}, step=step)
+print(run.id, flush=True)
+sys.stdin.readline()
+for descriptor in taken:
+    os.close(descriptor)
+for step in range(100, 200):
+    client.log({"loss": float(step)}, step=step)
+print(client.finish(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("free", [6, 12])
+def test_a_rank_that_is_short_of_files_says_so_and_sends_when_it_has_some(
+    agent: AgentProcess, free: int
+) -> None:
+    with start_script(agent.folders, SHORT, free) as process:
+        run_id = next_line(process)
+        warning = process.stderr.readline()
+        assert "of the 64 files that this process may have open, fewer than 20 are left" in warning
+        output, errors = process.communicate("\n", timeout=DEADLINE_S)
+    assert (process.returncode, output, errors) == (0, "True\n", "")
+    agent.wait_for_status(run_id, "finished")
+    assert sorted(point.step for point in agent.exported(run_id)) == list(range(200))

@@ -10,9 +10,11 @@ Everything is at-least-once: after a break the agent says what it has, and the r
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
+import resource
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +44,9 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 # An agent may start a moment after the ranks: no reason to warn.
 GRACE_S = 5.0
+# Descriptors that must be free before gRPC is imported or connects. It takes 9, beside the few that other
+# threads may just be taking (those of a git command are 6); where it finds none, it aborts the process.
+NEEDED_DESCRIPTORS = 20
 
 
 class Sender:
@@ -170,6 +175,15 @@ class Sender:
             )
             self._given_up = self._draining
             return False
+        if _is_short_of_descriptors():
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            self._warn(
+                f"nothing is sent to {address}: of the {limit} files that this process may have open, fewer "
+                f"than {NEEDED_DESCRIPTORS} are left (raise `ulimit -n`); it is tried again, and records are "
+                f"kept in {self._config.directory} or {self._config.state_directory}"
+            )
+            self._given_up = self._draining
+            return False
         # gRPC prints a line at every fork unless told so before its import.
         os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         with imports.whole():
@@ -240,6 +254,19 @@ class Sender:
         if message != self._warned:
             self._warned = message
             logger.warning("%s", message)
+
+
+def _is_short_of_descriptors() -> bool:
+    # Counted, not tried: to take them for a moment could fail somebody else's open().
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return False
+    try:
+        return limit - len(os.listdir("/proc/self/fd")) < NEEDED_DESCRIPTORS
+    except FileNotFoundError:  # no /proc here
+        return False
+    except OSError as error:
+        return error.errno == errno.EMFILE
 
 
 class _Stream:
