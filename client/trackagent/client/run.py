@@ -121,11 +121,12 @@ class Run:
             "world_size": who.world_size,
             "node": who.node,
             "pid": os.getpid(),
-            "start_time_ns": time_ns(),
+            # A clock that was never set may stand before 1970, which no identity may.
+            "start_time_ns": max(0, time_ns()),
             "experiment": self.experiment,
             "run_name": self.name,
             "forked": forked,
-            "job_time_ns": who.job_time_ns,
+            "job_time_ns": max(0, who.job_time_ns),
         }
         # gRPC does not survive a fork: such a process only writes its journal, and the agent reads that.
         if forked or _grpc_is_lost:
