@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import stat
@@ -190,7 +191,9 @@ def test_a_spool_damaged_in_use_does_not_block_the_next_start(
 # --- stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda one: one.name
+)
 def test_being_told_to_stop_stores_everything_and_exits_with_0(
     own_agent: OwnAgent, folders: Folders, number: signal.Signals
 ) -> None:
@@ -201,6 +204,19 @@ def test_being_told_to_stop_stores_everything_and_exits_with_0(
     agent.process.send_signal(number)
     code = agent.process.wait(DEADLINE_S)
     assert (code, stored(agent), folders.journals()) == (0, list(MANY), [])
+    assert not folders.socket.exists()
+
+
+def test_an_agent_that_is_started_with_nohup_outlives_its_terminal(folders: Folders) -> None:
+    agent = AgentProcess(folders, command=("nohup", str(COMMAND)))
+    try:
+        process = agent.start().process
+        assert process is not None
+        ignored = re.search("SigIgn:\t(.*)", Path(f"/proc/{process.pid}/status").read_text())
+        assert ignored is not None
+        assert int(ignored[1], 16) & 1 << signal.SIGHUP - 1
+    finally:
+        agent.close()
 
 
 def test_a_stopped_agent_leaves_no_socket(own_agent: OwnAgent, folders: Folders) -> None:

@@ -51,8 +51,8 @@ OTHER_CONNECTIONS = 64
 
 
 def serve(config: AgentConfig) -> int:
-    """Runs an agent until SIGTERM or SIGINT, then drains it; the exit code. AgentError when it
-    cannot start."""
+    """Runs an agent until SIGTERM, SIGINT or, unless that was ignored, SIGHUP, then drains it; the exit code.
+    AgentError when it cannot start."""
     logging.getLogger("trackagent").setLevel(config.log_level.upper())
     # The gate has two more for each connection.
     allow_files(config.max_streams, each=1 if config.group is None else 3)
@@ -232,8 +232,10 @@ async def _serve(
         connected=servicer.is_connected,
         gone_after_s=config.gone_after_s,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # nohup has it ignored: the agent outlives its terminal then.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
     path = config.socket_path if access is None else config.inner_socket_path
     try:
         # Whoever connects to a socket that a killed agent left is refused; the lock says that it is nobody's.

@@ -48,7 +48,7 @@ STOP_POLL_S = 0.02
 @configured
 @agent_flags
 def start_command(config: AgentConfig) -> int:
-    """Run the agent of this node, until SIGTERM or Ctrl-C.
+    """Run the agent of this node, until SIGTERM, Ctrl-C or the terminal's end.
 
     \b
     Examples:
