@@ -355,6 +355,31 @@ def test_a_fact_that_fails_is_left_out() -> None:
     assert ("trackagent.torch.version" in told, "trackagent.host" in told) == (False, True)
 
 
+@pytest.mark.parametrize(
+    "trouble",
+    ["os.rmdir(os.getcwd())", "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))"],
+    ids=["deleted folder", "no descriptor"],
+)
+def test_a_process_in_trouble_tells_the_facts_that_it_has(tmp_path: Path, trouble: str) -> None:
+    program = (
+        f"import os, resource; from trackagent.client import facts; {trouble};"
+        "told = facts.quick() | facts.slow();"
+        "print(told['trackagent.user'], [name for name in told if 'git' in name])"
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shown = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "USER": "ada"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert (shown.stdout, shown.stderr) == ("ada []\n", "")
+
+
 def test_quick_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", pytest.fail)
     assert "trackagent.host" in quick()

@@ -117,10 +117,11 @@ def slow(
 ) -> dict[str, str]:
     """The facts that take time: git, in the folder of the main script, and installed versions. Waits at most
     `timeout_s` for each of four git commands; a key whose command fails is left out."""
-    entry = script or main_script(modules)
-    folder = Path(entry).parent if entry else Path.cwd()
 
     def ask(*arguments: str) -> str | None:
+        entry = script or main_script(modules)
+        # A working folder that was deleted is none.
+        folder = Path(entry).parent if entry else Path.cwd()
         return _git(git, folder, environ, timeout_s, *arguments)
 
     def dirty() -> str | None:
