@@ -1,11 +1,14 @@
-"""Short ways to say what a batch holds."""
+"""Short ways to say what a batch holds, and to ask what a file holds."""
 
 from __future__ import annotations
 
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trackagent.agent.store import open_reader
 from trackagent.agent.store.contract import (
     Batch,
     BatchId,
@@ -100,3 +103,20 @@ def gap(
     """One that lasted for 100 ns."""
     times = (time_ns, time_ns + 100)
     return Gap(by.producer_id, reason, first_step, last_step, *times, records)
+
+
+def query(path: Path, sql: str) -> list[Any]:
+    """The rows that the statement gives, or what it changes."""
+    connection = sqlite3.connect(path)
+    with connection:
+        rows = connection.execute(sql).fetchall()
+    connection.close()
+    return rows
+
+
+def steps_of(path: Path, key: str = "loss") -> list[int]:
+    """Those that a reader gives of a series of rank 0."""
+    reader = open_reader(path)
+    steps: list[int] = reader.series(RUN, key, "rank 0").steps.tolist()
+    reader.close()
+    return steps
