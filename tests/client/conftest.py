@@ -1,4 +1,4 @@
-"""Fixtures of runs in the test's own process."""
+"""Fixtures of runs and journals in the test's own process."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from tests.client.journals import IDENTITY, SEGMENT_BYTES
 from tests.fakes import Folders
 from trackagent import client
 from trackagent.client import Run, facts
+from trackagent.client.journal import Journal
 
 
 @pytest.fixture
@@ -32,3 +34,30 @@ def start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 @pytest.fixture
 def run(start: Callable[..., Run]) -> Run:
     return start()
+
+
+@pytest.fixture
+def open_journal(folders: Folders) -> Iterator[Callable[..., Journal]]:
+    """open_journal(**settings): a journal in `folders`, closed after the test."""
+    opened: list[Journal] = []
+
+    def make(**settings: Any) -> Journal:
+        arguments: dict[str, Any] = {
+            "directory": folders.directory,
+            "state_directory": folders.state,
+            "segment_bytes": SEGMENT_BYTES,
+            "memory_bytes": 100 * SEGMENT_BYTES,
+            "journal_bytes": 200 * SEGMENT_BYTES,
+        }
+        opened.append(Journal(IDENTITY, **(arguments | settings)))
+        return opened[-1]
+
+    yield make
+    for journal in opened:
+        journal.seal(0.0, "the test is over")
+        journal.close()
+
+
+@pytest.fixture
+def journal(open_journal: Callable[..., Journal]) -> Journal:
+    return open_journal()

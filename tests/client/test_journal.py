@@ -1,4 +1,4 @@
-"""The journal: segments, folders, bounds and faults."""
+"""The journal: segments, lanes, folders, bounds and faults."""
 
 from __future__ import annotations
 
@@ -6,113 +6,38 @@ import errno
 import fcntl
 import os
 import shutil
-import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
-from zlib import crc32
 
 import pytest
 
-from tests.fakes import Folders, SegmentFile, read_segments
+from tests.client.journals import (
+    IDENTITY,
+    ROOM,
+    SEGMENT_BYTES,
+    TENTH,
+    disk,
+    event,
+    files,
+    fill,
+    memory,
+    segments,
+    steps,
+    take_all,
+    write,
+)
+from tests.fakes import Folders
 from tests.strangers import BOB, give
 from trackagent.client import record
 from trackagent.client.errors import JournalError, ValueRefused
 from trackagent.client.journal import Journal
 from trackagent.client.record import Kind
 from trackagent.client.segment import (
-    HEADER_BYTES,
-    LAST_WORDS_BYTES,
     MAX_LANES,
     Segment,
     read_header,
 )
-
-SEGMENT_BYTES = 64 * 1024
-ROOM = SEGMENT_BYTES - HEADER_BYTES - LAST_WORDS_BYTES
-# A record of which ten fill a segment.
-TENTH = ROOM // 10 & ~7
-IDENTITY = {"producer_id": uuid4().hex, "run_id": "ab" * 16, "rank": 3}
-
-
-@pytest.fixture
-def open_journal(folders: Folders) -> Iterator[Callable[..., Journal]]:
-    """open_journal(**settings): a journal in `folders`, closed after the test."""
-    opened: list[Journal] = []
-
-    def make(**settings: Any) -> Journal:
-        arguments: dict[str, Any] = {
-            "directory": folders.directory,
-            "state_directory": folders.state,
-            "segment_bytes": SEGMENT_BYTES,
-            "memory_bytes": 100 * SEGMENT_BYTES,
-            "journal_bytes": 200 * SEGMENT_BYTES,
-        }
-        opened.append(Journal(IDENTITY, **(arguments | settings)))
-        return opened[-1]
-
-    yield make
-    for journal in opened:
-        journal.seal(0.0, "the test is over")
-        journal.close()
-
-
-@pytest.fixture
-def journal(open_journal: Callable[..., Journal]) -> Journal:
-    return open_journal()
-
-
-def event(number: int, size: int = TENTH) -> bytes:
-    """A record of `size` bytes that tells its number."""
-    padding = b"x" * (size - record.HEAD_BYTES - len('{"x":""}'))
-    return record.encode(Kind.EVENT, b'{"x":"' + padding + b'"}', step=number, time_ns=0)
-
-
-def write(journal: Journal, data: bytes) -> int:
-    """Writes a record as a log call does; the lane that it went to."""
-    lane = journal.take()
-    try:
-        journal.write(lane, data)
-    finally:
-        journal.give(lane)
-    return lane.number
-
-
-def fill(journal: Journal, records: int, first: int = 0) -> None:
-    for number in range(first, first + records):
-        write(journal, event(number))
-
-
-def memory(folders: Folders) -> Path:
-    return folders.directory / "journals" / IDENTITY["producer_id"]
-
-
-def disk(folders: Folders) -> Path:
-    return folders.state / "journals" / IDENTITY["producer_id"]
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.seg"))
-
-
-def segments(folder: Path) -> list[SegmentFile]:
-    return read_segments(folder)
-
-
-def steps(folder: Path) -> list[int]:
-    """What is in the segments of the lane that the test has written to."""
-    return [one.step for segment in segments(folder) for one in segment.records]
-
-
-def take_all(journal: Journal) -> dict[int, bytes]:
-    """Everything unsent, by lane."""
-    found: dict[int, bytes] = {}
-    for part in journal.unsent(1 << 30):
-        found[part.lane] = found.get(part.lane, b"") + part.journal_bytes
-    return found
-
 
 # --- segments
 
@@ -264,6 +189,22 @@ def test_threads_that_add_lanes_at_once_get_numbers_below_64(journal: Journal) -
     for thread in threads:
         thread.join()
     assert sorted(numbers) == list(range(2, MAX_LANES))
+
+
+def test_a_lane_that_is_lost_between_taking_and_using_comes_back(journal: Journal) -> None:
+    for _ in range(200):
+        journal.take()  # whoever took it was interrupted: nobody holds it
+    assert len(journal.lanes) == 2
+
+
+def test_lanes_of_a_closed_journal_do_not_come_back(journal: Journal) -> None:
+    lane = journal.take()
+    journal.close()
+    del lane
+    still_there = journal.take()
+    with pytest.raises(IndexError):
+        journal.take()
+    assert still_there.number == 0
 
 
 # --- bounds and full file systems
@@ -542,279 +483,3 @@ def test_a_closed_journal_with_undelivered_records_is_not_locked(
     journal.seal(0.0, "over")
     journal.close()
     assert not locked(memory(folders))
-
-
-# --- sending and acknowledging
-
-
-def test_unsent_bytes_are_those_of_the_records(journal: Journal) -> None:
-    fill(journal, 25)
-    assert list(take_all(journal).values()) == [b"".join(map(event, range(25)))]
-
-
-def test_what_was_handed_out_is_not_handed_out_again(journal: Journal) -> None:
-    fill(journal, 5)
-    take_all(journal)
-    fill(journal, 5, 5)
-    assert list(take_all(journal).values()) == [b"".join(map(event, range(5, 10)))]
-
-
-def test_parts_are_whole_records_of_at_most_the_asked_size(journal: Journal) -> None:
-    fill(journal, 25)
-    parts = list(journal.unsent(3 * TENTH + 7))
-    assert [len(part.journal_bytes) // TENTH for part in parts] == [3, 3, 3, 1] * 2 + [3, 2]
-    assert [part.first_offset for part in parts] == [
-        sum(len(before.journal_bytes) for before in parts[:i]) for i in range(len(parts))
-    ]
-
-
-def test_a_record_larger_than_the_asked_size_is_a_part_of_its_own(journal: Journal) -> None:
-    fill(journal, 3)
-    assert [part.journal_bytes for part in journal.unsent(8)] == [event(i) for i in range(3)]
-
-
-def test_what_was_not_taken_is_handed_out_next_time(journal: Journal) -> None:
-    fill(journal, 25)
-    first = next(journal.unsent(1 << 30)).journal_bytes
-    assert [first, *take_all(journal).values()] == [
-        b"".join(map(event, range(10))),
-        b"".join(map(event, range(10, 25))),
-    ]
-
-
-def test_an_acknowledgement_frees_the_segments_before_it(
-    journal: Journal, folders: Folders
-) -> None:
-    fill(journal, 35)
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 25 * TENTH)
-    assert steps(memory(folders)) == list(range(20, 35))
-
-
-def test_the_segment_in_use_is_never_freed(journal: Journal, folders: Folders) -> None:
-    fill(journal, 30)
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 30 * TENTH)
-    fill(journal, 2, 30)
-    assert steps(memory(folders)) == [*range(20, 30), 30, 31]
-
-
-def test_an_older_acknowledgement_changes_nothing(journal: Journal) -> None:
-    fill(journal, 35)
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 25 * TENTH)
-    journal.acknowledge(lane, 10 * TENTH)
-    assert journal.held()[lane] == 25 * TENTH
-
-
-@pytest.mark.parametrize("lane", [2, 63, 10**6])
-def test_an_acknowledgement_of_an_unknown_lane_changes_nothing(journal: Journal, lane: int) -> None:
-    fill(journal, 5)
-    journal.acknowledge(lane, 10**9)
-    assert not journal.delivered
-
-
-def test_an_acknowledgement_beyond_the_end_counts_as_the_end(journal: Journal) -> None:
-    fill(journal, 5)
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 10**9)
-    assert journal.held()[lane] == 5 * TENTH
-
-
-def test_bytes_are_in_flight_until_they_are_acknowledged(journal: Journal) -> None:
-    fill(journal, 5)
-    assert journal.in_flight == 0
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 2 * TENTH)
-    assert journal.in_flight == 3 * TENTH
-
-
-def test_after_a_rewind_what_is_not_committed_is_handed_out_again(journal: Journal) -> None:
-    fill(journal, 25)
-    (lane,) = take_all(journal)
-    journal.rewind({lane: 13 * TENTH})
-    assert take_all(journal) == {lane: b"".join(map(event, range(13, 25)))}
-
-
-def test_a_rewind_to_before_what_is_held_starts_with_what_is_held(journal: Journal) -> None:
-    fill(journal, 25)
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 12 * TENTH)
-    journal.rewind({})
-    assert take_all(journal) == {lane: b"".join(map(event, range(12, 25)))}
-
-
-def test_a_journal_is_delivered_when_all_is_acknowledged(journal: Journal) -> None:
-    fill(journal, 5)
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 4 * TENTH)
-    before = journal.delivered
-    journal.acknowledge(lane, 5 * TENTH)
-    assert (before, journal.delivered) == (False, True)
-
-
-# --- the end
-
-
-def deliver(journal: Journal) -> None:
-    take_all(journal)
-    for lane, end in journal.ends().items():
-        journal.acknowledge(lane, end)
-
-
-def test_closing_a_delivered_journal_deletes_its_folder(journal: Journal, folders: Folders) -> None:
-    fill(journal, 25)
-    deliver(journal)
-    journal.seal(0.0, "over")
-    journal.close()
-    assert list((folders.directory / "journals").iterdir()) == []
-
-
-def test_closing_a_delivered_journal_deletes_its_folder_on_disk_too(
-    open_journal: Callable[..., Journal], folders: Folders
-) -> None:
-    journal = open_journal(memory_bytes=3 * SEGMENT_BYTES)
-    fill(journal, 45)
-    assert disk(folders).exists()
-    deliver(journal)
-    journal.seal(0.0, "over")
-    journal.close()
-    assert list((folders.state / "journals").iterdir()) == []
-
-
-def test_closing_keeps_what_is_not_delivered(journal: Journal, folders: Folders) -> None:
-    fill(journal, 25)
-    (lane,) = take_all(journal)
-    journal.acknowledge(lane, 24 * TENTH)
-    journal.seal(0.0, "over")
-    journal.close()
-    assert steps(memory(folders)) == [20, 21, 22, 23, 24]
-
-
-def test_closing_twice_is_closing_once(journal: Journal, folders: Folders) -> None:
-    journal.seal(0.0, "over")
-    journal.close()
-    journal.close()
-    assert list((folders.directory / "journals").iterdir()) == []
-
-
-def test_a_sealed_journal_has_no_lane_left(journal: Journal) -> None:
-    journal.seal(0.0, "the run has finished")
-    with pytest.raises(IndexError):
-        journal.take()
-    with pytest.raises(JournalError, match="the run has finished"):
-        journal.add_lane()
-
-
-def test_seal_gives_a_lane_for_the_last_records(journal: Journal, folders: Folders) -> None:
-    lane = journal.seal(0.0, "over")
-    assert lane is not None
-    journal.write(lane, event(9))
-    assert steps(memory(folders)) == [9]
-
-
-def test_a_journal_with_a_call_that_never_ends_deletes_nothing(
-    journal: Journal, folders: Folders
-) -> None:
-    never_given_back = journal.take()
-    assert journal.seal(0.0, "over") is not None
-    deliver(journal)
-    journal.close()
-    assert files(memory(folders)) != []
-    assert never_given_back.state.ended
-
-
-def test_seal_waits_for_a_call_under_way(journal: Journal) -> None:
-    lane = journal.take()
-    giving = threading.Timer(0.05, journal.give, [lane])
-    giving.start()
-    journal.seal(10.0, "over")
-    giving.join()
-    assert journal.delivered
-    journal.close()
-    with pytest.raises(ValueError, match="closed"):
-        lane.segment.map.size()
-
-
-# --- headers
-
-
-def header(**changes: Any) -> bytearray:
-    """A segment's header, right but for `changes`; the checksum fits them."""
-    fields: dict[str, Any] = {
-        "magic": b"TRKJRNL1",
-        "version": 1,
-        "mark": 0xFEFF,
-        "size": SEGMENT_BYTES,
-        "lane": 5,
-        "base": 4096,
-        "number": 2,
-        "identity": b'{"rank": 3}',
-    } | changes
-    identity = fields["identity"]
-    checked = (
-        struct.pack("<IIQII", fields["size"], fields["lane"], fields["base"], fields["number"],
-                    fields.get("length", len(identity))) + identity
-    )  # fmt: skip
-    head = fields["magic"] + struct.pack("<HHI", fields["version"], fields["mark"], crc32(checked))
-    return bytearray((head + checked).ljust(HEADER_BYTES, b"\0"))
-
-
-def test_a_header_is_read() -> None:
-    found = read_header(bytes(header()))
-    assert found is not None
-    assert (found.segment_bytes, found.lane, found.base, found.number, found.identity) == (
-        SEGMENT_BYTES, 5, 4096, 2, {"rank": 3},
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"magic": b"TRKJRNL2"}, "the magic is b'TRKJRNL2' instead of b'TRKJRNL1'"),
-        ({"version": 2}, "version 2; this program reads version 1"),
-        ({"mark": 0xFFFE}, "written on a machine with another byte order"),
-        ({"lane": 64}, "lane 64"),
-        ({"length": 5000}, "an identity of 5000 bytes"),
-        ({"identity": b"{"}, "Expecting property name enclosed in double quotes"),
-    ],
-    ids=["magic", "version", "byte order", "lane", "identity length", "identity"],
-)
-def test_a_wrong_header_is_refused_with_its_problem(changes: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011  compared below
-        read_header(bytes(header(**changes)))
-    assert str(caught.value).startswith(problem)
-
-
-@pytest.mark.parametrize("at", [12, 16, 20, 24, 32, 40, 45])
-def test_a_changed_byte_of_the_header_is_noticed(at: int) -> None:
-    data = header()
-    data[at] ^= 1
-    with pytest.raises(ValueError, match="checksum"):
-        read_header(bytes(data))
-
-
-def test_a_file_without_magic_is_a_spare() -> None:
-    assert read_header(bytes(header(magic=bytes(8)))) is None
-
-
-@pytest.mark.parametrize("size", [0, 8, HEADER_BYTES - 1])
-def test_a_file_shorter_than_a_header_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"{size} bytes, shorter than the header of 4096"):
-        read_header(bytes(header())[:size])
-
-
-def test_a_lane_that_is_lost_between_taking_and_using_comes_back(journal: Journal) -> None:
-    for _ in range(200):
-        journal.take()  # whoever took it was interrupted: nobody holds it
-    assert len(journal.lanes) == 2
-
-
-def test_lanes_of_a_closed_journal_do_not_come_back(journal: Journal) -> None:
-    lane = journal.take()
-    journal.close()
-    del lane
-    still_there = journal.take()
-    with pytest.raises(IndexError):
-        journal.take()
-    assert still_there.number == 0
