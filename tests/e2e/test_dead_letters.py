@@ -86,6 +86,8 @@ def run_id(agent: AgentProcess, folders: Folders) -> str:
     with start_script(folders, TRAIN) as training:
         name = next_line(training)
         wait_until(lambda: (run := agent.run(name)) is not None and run.records_stored == 151)
+        # What the run finds out of its machine comes at a moment of its own.
+        wait_until(lambda: "trackagent.user" in agent.shown(name)["tags"])
         training.stdin.write("go on\n")
         training.stdin.flush()
         wait_until(lambda: listed(agent), "the poison is set aside")

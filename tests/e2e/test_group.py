@@ -337,6 +337,7 @@ def test_a_journal_that_the_dead_left_gives_no_entry_to_another_users_run(
         train(folders, ALICE, own, **nobody)
         agent.wait_for_status(own, "finished")
         wait_until(lambda: "is another user's" in agent.output, "the journal is refused")
+        wait_until(lambda: len(folders.journals()) == 1, "the other journal is done with")
     finally:
         agent.close()
     assert (len(folders.journals()), agent.run(run_id)) == (1, None)
