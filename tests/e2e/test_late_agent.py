@@ -183,6 +183,23 @@ print([thread.name for thread in threading.enumerate()])
     assert output[1:] == ["['MainThread']"]
 
 
+def test_grpc_is_not_shut_down_between_two_connections(agent: AgentProcess) -> None:
+    # Who makes a channel meanwhile waits for it, for up to 10 s, and all other threads with them.
+    program = (
+        TRAINING
+        + """
+import os, pathlib, time
+def connected():
+    return any(os.readlink(fd).startswith("socket:") for fd in pathlib.Path("/proc/self/fd").iterdir() if fd.exists())
+while connected():
+    time.sleep(0.01)
+tasks = pathlib.Path("/proc/self/task").iterdir()
+print("event_engine" in {(task / "comm").read_text().strip() for task in tasks})
+"""
+    )
+    assert run_script(agent.folders, program).stdout.splitlines()[1:] == ["True"]
+
+
 @pytest.mark.parametrize("connected", [True, False], ids=["delivered", "without an agent"])
 def test_a_finished_run_leaves_no_descriptor_and_no_mapping(
     agent: AgentProcess, folders: Folders, connected: bool

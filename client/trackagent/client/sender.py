@@ -189,6 +189,7 @@ class Sender:
         with imports.whole():
             import grpc
 
+            _keep_grpc()
             # Which imports the protocol, and grpc the rest of itself.
             stream = _Stream(address, self._producer, self._acknowledged, self.wake)
         try:
@@ -267,6 +268,19 @@ def _is_short_of_descriptors() -> bool:
         return False
     except OSError as error:
         return error.errno == errno.EMFILE
+
+
+_kept: grpc.Channel | None = None  # never connected, never closed
+
+
+def _keep_grpc() -> None:
+    """Keeps gRPC from being shut down with its last channel. That waits for gRPC's own threads, for up to 10 s,
+    and so does who makes the next channel, with the interpreter's lock held: nothing else runs."""
+    global _kept
+    if _kept is None:
+        import grpc
+
+        _kept = grpc.insecure_channel("unix:/nobody")
 
 
 class _Stream:
