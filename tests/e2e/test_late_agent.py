@@ -188,9 +188,13 @@ def test_grpc_is_not_shut_down_between_two_connections(agent: AgentProcess) -> N
     program = (
         TRAINING
         + """
-import os, pathlib, time
+import contextlib, os, pathlib, time
 def connected():
-    return any(os.readlink(fd).startswith("socket:") for fd in pathlib.Path("/proc/self/fd").iterdir() if fd.exists())
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                return True
+    return False
 while connected():
     time.sleep(0.01)
 tasks = pathlib.Path("/proc/self/task").iterdir()

@@ -274,7 +274,7 @@ _kept: grpc.Channel | None = None  # never connected, never closed
 
 
 def _keep_grpc() -> None:
-    """Keeps gRPC from being shut down with its last channel. That waits for gRPC's own threads, for up to 10 s,
+    """Keeps gRPC from being shut down with its last channel. That waits for gRPC's own threads, up to 10 s,
     and so does who makes the next channel, with the interpreter's lock held: nothing else runs."""
     global _kept
     if _kept is None:
