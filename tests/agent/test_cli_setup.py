@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -140,7 +141,11 @@ def test_a_timeout_that_no_clock_can_wait_for_is_wrong_use(
 def redirected(how: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "trackagent.agent.cli", *arguments]
     shell = ["sh", "-c", f'exec "$@" {how}', "sh", *program]
-    return subprocess.run(shell, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    # Buffered, as people have it: what cannot be written fails a second time at the end.
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(
+        shell, env=environ, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+    )
 
 
 @pytest.mark.parametrize("name", ["stop", "config"])
@@ -148,6 +153,14 @@ def test_what_cannot_be_printed_is_an_error(folders: list[str], name: str) -> No
     done = redirected(">&-", name, *folders)
     expected = f"trackagent: {name}: standard output is closed\n"
     assert (done.returncode, done.stderr) == (1, expected)
+
+
+@pytest.mark.parametrize("name", ["stop", "config", "doctor"])
+def test_an_output_without_room_is_one_line(folders: list[str], name: str) -> None:
+    done = redirected(">/dev/full", name, *folders)
+    expected = f"trackagent: {name}: cannot print: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+    assert redirected(">/dev/full 2>&1", name, *folders).returncode == 1
 
 
 @pytest.mark.parametrize("how", [">&-", ">/dev/full"])

@@ -66,6 +66,7 @@ class Program(click.Group):
             code = INTERRUPTED
         except OSError as error:  # of --help and --version
             code = _fail(ERROR, f"cannot print: {error.strerror or error}")
+        _drop_unwritten()
         sys.exit(code if isinstance(code, int) else OK)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -77,9 +78,6 @@ class Program(click.Group):
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
-            # What is still buffered must not fail again at exit.
-            with contextlib.suppress(io.UnsupportedOperation):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
         except NothingThere as error:
             return _fail(NOTHING, str(error))
@@ -90,8 +88,10 @@ class Program(click.Group):
         except UnicodeError:
             return _fail(USAGE, "an argument is no valid text: give it in UTF-8")
         except OSError as error:
+            printing = error.errno == errno.ENOSPC and not error.filename
+            what = f"cannot print: {error.strerror}" if printing else error.strerror or error
             where = f": {error.filename}" if error.filename else ""
-            return _fail(ERROR, f"{ctx.invoked_subcommand}: {error.strerror or error}{where}")
+            return _fail(ERROR, f"{ctx.invoked_subcommand}: {what}{where}")
 
 
 class NothingThere(AgentError):
@@ -119,8 +119,20 @@ def _stand_in_for_closed() -> None:
         sys.stdout = _ClosedOutput()
 
 
+def _drop_unwritten() -> None:
+    """What an output did not take must not fail again when the interpreter ends."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            with contextlib.suppress(io.UnsupportedOperation):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _fail(code: int, message: str) -> int:
-    click.echo(f"trackagent: {message}", err=True)
+    with contextlib.suppress(OSError):  # standard error may be where the output is
+        click.echo(f"trackagent: {message}", err=True)
     return code
 
 
