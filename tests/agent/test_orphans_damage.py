@@ -334,3 +334,28 @@ def test_a_journal_that_cannot_be_read_is_told_once(
     for _ in range(3):
         orphans.look()
     assert caplog.messages == [f"journal {NAME}: [Errno 5] Input/output error; trying again"]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_segment_that_is_gone_while_its_journal_is_read_is_told_when_it_is_missing_again(
+    spool: Spool,
+    orphans: Orphans,
+    folders: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    times: int,
+) -> None:
+    left_behind(folders)
+    read = segments_module._segment_file
+
+    def gone(path: Path) -> object:
+        raise FileNotFoundError(2, "No such file or directory", "00000002.seg")
+
+    monkeypatch.setattr(segments_module, "_segment_file", gone)
+    for _ in range(times):
+        orphans.look()
+    monkeypatch.setattr(segments_module, "_segment_file", read)
+    orphans.look()
+    problem = "[Errno 2] No such file or directory: '00000002.seg'"
+    told = [] if times == 1 else [f"journal {NAME}: {problem}; trying again"]
+    assert (caplog.messages, steps(spool)) == (told, list(MANY))

@@ -89,6 +89,8 @@ class Orphans(threading.Thread):
         self._proc, self._groups, self._clock = proc, groups, clock
         # What stands in the way of a journal, by its name: told once.
         self._problems: dict[str, str] = {}
+        # The file of a journal that was not there any more, by the journal's name.
+        self._missing: dict[str, str] = {}
         self._reading = 0
 
     @property
@@ -130,6 +132,7 @@ class Orphans(threading.Thread):
             self._problems[""] = str(error)
             return
         self._problems = {name: known for name, known in self._problems.items() if name in names}
+        self._missing = {name: file for name, file in self._missing.items() if name in names}
         self._live = {name: alone for name, alone in self._live.items() if name in names}
         self._memory = {name: group for name, group in self._memory.items() if name in names}
         self._reading = len(names - self._live.keys())
@@ -137,7 +140,12 @@ class Orphans(threading.Thread):
             try:
                 self._look_at(name)
                 self._problems.pop(name, None)
+                self._missing.pop(name, None)
             except Exception as error:  # noqa: BLE001 - it is tried again, and the others are read
+                # A rank removes its segments as it goes on: only what is missing again is a problem.
+                if isinstance(error, FileNotFoundError) and self._missing.get(name) != str(error):
+                    self._missing[name] = str(error)
+                    continue
                 if self._problems.get(name) != str(error):
                     logger.warning("journal %s: %s; trying again", name, error)
                 self._problems[name] = str(error)
