@@ -54,7 +54,8 @@ def run_command(where: dict[str, Any], config: AgentConfig, command: tuple[str, 
 
     Returns COMMAND's exit code. Uses the agent that serves the folder, or starts one and stops
     it afterwards, when it has delivered what it can. Signals are passed on to COMMAND, and the
-    folders, as TRACKAGENT_DIR and TRACKAGENT_STATE.
+    folders, as TRACKAGENT_DIR and TRACKAGENT_STATE. Where `trackagent run` itself is killed with
+    SIGKILL, COMMAND and the agent go on; `trackagent stop` ends the agent.
 
     \b
     Examples:
