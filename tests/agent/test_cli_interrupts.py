@@ -110,8 +110,12 @@ def test_an_export_into_a_fifo_that_nobody_reads(
     assert list(tmp_path.iterdir()) == [fifo]
 
 
-@pytest.mark.usefixtures("store")
-def test_an_export_into_a_file_leaves_the_old_one_alone(folders: Folders, tmp_path: Path) -> None:
+def test_an_export_into_a_file_leaves_the_old_one_alone(
+    folders: Folders, store: Path, tmp_path: Path
+) -> None:
+    with contextlib.closing(open_writer(store)) as writer:
+        who = producer(0)  # some seconds of printing
+        writer.write(batch(2, who, points=[points(who, range(MANY, 60 * MANY))]))
     out = tmp_path / "points"
     out.write_text("old")
     process = begun(folders, "export", RUN, "--output", str(out))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 
@@ -123,11 +122,6 @@ client.finish()
 """
 
 
-def states(agent: AgentProcess) -> list[str]:
-    producers = json.loads(agent.run_cli("status", "--json").stdout)["producers"]
-    return [one["state"] for one in producers]
-
-
 def test_a_node_that_starts_anew_ends_the_runs_that_it_took_along(
     folders: Folders, own_agent: Callable[..., AgentProcess]
 ) -> None:
@@ -150,14 +144,14 @@ def test_a_rank_that_has_nothing_to_send_is_connected_and_goes_on(
     folders: Folders, own_agent: Callable[..., AgentProcess]
 ) -> None:
     agent = own_agent("--deliver-interval-s", "0.02", "--gone-after-s", "1").start()
-    with start_script(folders, IDLE) as process:
-        run_id = next_line(process)
-        wait_until(lambda: (run := agent.run(run_id)) and run.records_stored == 1)
-        agent.stop()
-        # As that of a container whose folder is its own.
-        (journal,) = folders.journals()
-        journal.rename(folders.state / "elsewhere")
-        agent.start()
-        wait_until(lambda: states(agent) == ["connected"])
-        process.communicate("\n", timeout=DEADLINE_S)
-    assert agent.wait_for_status(run_id, "finished").lost_records == 0
+    with start_script(folders, IDLE) as idle, start_script(folders, IDLE) as other:
+        runs = [next_line(idle), next_line(other)]
+        for run_id in runs:
+            wait_until(lambda run_id=run_id: (r := agent.run(run_id)) and r.records_stored == 1)
+        # As those of containers whose folders are their own.
+        for number, journal in enumerate(folders.journals()):
+            journal.rename(folders.state / f"elsewhere-{number}")
+        other.kill()
+        assert agent.wait_for_status(runs[1], "killed").error == REASON
+        idle.communicate("\n", timeout=DEADLINE_S)
+    assert agent.wait_for_status(runs[0], "finished").lost_records == 0
