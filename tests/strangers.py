@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ALICE, BOB = 60_001, 60_002
+_PLAIN = ("setpriv",)
 
 
 @contextlib.contextmanager
@@ -42,6 +43,13 @@ def command_as(uid: int, *groups: int) -> tuple[str, ...]:
     return (*_reading(), "--reuid", str(uid), "--regid", str(uid), *_groups(groups))
 
 
+def command_as_one_who_may_not_look(uid: int) -> tuple[str, ...]:
+    """As command_as; skips the test where the user would have to be given the right to read all files."""
+    if _reading() != _PLAIN:
+        pytest.skip(f"another user cannot run {sys.executable} without the right to read all files")
+    return command_as(uid)
+
+
 def give(path: Path, uid: int, mode: int) -> Path:
     """Makes `path` the user's, with this mode; skips the test where that may not be."""
     if os.geteuid() != 0:
@@ -61,7 +69,7 @@ def _reading() -> tuple[str, ...]:
     """setpriv, with the right to read all files where other users could not even start this Python."""
     wanted = ("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")
     for capability in ((), wanted):
-        command = ("setpriv", *capability)
+        command = (*_PLAIN, *capability)
         program = (
             "import subprocess, sys, grpc; subprocess.run([sys.executable, '-c', ''], check=True)"
         )

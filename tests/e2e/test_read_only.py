@@ -17,7 +17,7 @@ from tests.fakes import (
     run_script,
     short_folder,
 )
-from tests.strangers import ALICE, BOB, command_as, give
+from tests.strangers import ALICE, BOB, command_as, command_as_one_who_may_not_look, give
 from trackagent.agent.config import AgentConfig
 
 TRAIN = """
@@ -195,7 +195,7 @@ def test_folders_that_may_not_be_made_are_named(alices: Folders) -> None:
 def test_who_may_not_look_is_told_who_may(alices: Folders, arguments: list[str]) -> None:
     config = AgentConfig(directory=alices.directory, state_directory=alices.state)
     path = {"status": config.socket_path, "dead-letters": config.dead_letters_path}
-    code, said = told(alices, *arguments, as_user=command_as(BOB))
+    code, said = told(alices, *arguments, as_user=command_as_one_who_may_not_look(BOB))
     assert (code, said) == (
         1,
         f"trackagent: may not look for {path.get(arguments[0], config.store_path)}: ask as the user who "
