@@ -6,6 +6,7 @@ import asyncio
 import random
 import socket
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -228,31 +229,35 @@ def test_headers_that_are_too_long_are_refused_and_hold_nobody_up(served: Served
 class Unsure(Access):
     """Cannot tell whose a producer is: its database fails."""
 
-    def __init__(self, problem: Exception) -> None:
+    def __init__(self, problem: Callable[[], Exception]) -> None:
         object.__setattr__(self, "problem", problem)
 
     def guest(self, peer: str) -> int | None:
         return None
 
     async def check(self, peer: str, producer_id: bytes) -> None:
-        raise self.problem  # type: ignore[attr-defined]
+        raise self.problem()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["a named stream", "a stream"])
 @pytest.mark.parametrize(
     ("problem", "answer"),
     [
-        (NotYours("whose?"), (grpc.StatusCode.PERMISSION_DENIED, "whose?")),
+        (lambda: NotYours("whose?"), (grpc.StatusCode.PERMISSION_DENIED, "whose?")),
         (
-            sqlite3.OperationalError("disk I/O error"),
+            lambda: sqlite3.OperationalError("disk I/O error"),
             (grpc.StatusCode.UNAVAILABLE, "cannot tell whose run it is: try again"),
         ),
-        (RuntimeError("?"), (grpc.StatusCode.INTERNAL, "the agent failed: see its log")),
+        (lambda: RuntimeError("?"), (grpc.StatusCode.INTERNAL, "the agent failed: see its log")),
     ],
     ids=["another user's", "not to be told", "unexpected"],
 )
 def test_a_stream_whose_batch_is_not_taken_does_not_end_well(
-    serve: Serve, problem: Exception, answer: tuple[grpc.StatusCode, str], *, named: bool
+    serve: Serve,
+    problem: Callable[[], Exception],
+    answer: tuple[grpc.StatusCode, str],
+    *,
+    named: bool,
 ) -> None:
     served = serve(access=Unsure(problem))
     metadata = [(PRODUCER_KEY, ID)] if named else []
