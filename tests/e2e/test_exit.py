@@ -180,15 +180,14 @@ def losses(agent: AgentProcess, run_id: str) -> tuple[list[int], list[float]]:
 
 
 def left_of(folders: Folders, run_id: str) -> list[Path]:
-    """Files in the journals' folders that name the run."""
+    """Segments in the journals' folders that name the run."""
     found = []
     for base in (folders.directory, folders.state):
-        for path in (base / "journals").rglob("*.seg"):
-            try:
-                if run_id.encode() in path.read_bytes()[:4096]:
-                    found.append(path)
-            except FileNotFoundError:
-                pass
+        for folder, _, names in os.walk(base / "journals"):  # which may go meanwhile
+            for path in (Path(folder, name) for name in names if name.endswith(".seg")):
+                with contextlib.suppress(FileNotFoundError):
+                    if run_id.encode() in path.read_bytes()[:4096]:
+                        found.append(path)
     return found
 
 

@@ -14,7 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -66,7 +66,7 @@ class Program(click.Group):
             code = INTERRUPTED
         except OSError as error:  # of --help and --version
             code = _fail(ERROR, f"cannot print: {error.strerror or error}")
-        _drop_unwritten()
+        _drop_unwritten(interrupted=code == INTERRUPTED)
         sys.exit(code if isinstance(code, int) else OK)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -119,15 +119,24 @@ def _stand_in_for_closed() -> None:
         sys.stdout = _ClosedOutput()
 
 
-def _drop_unwritten() -> None:
-    """What an output did not take must not fail again when the interpreter ends."""
+def _drop_unwritten(*, interrupted: bool) -> None:
+    """What an output did not take must not fail again when the interpreter ends. Nor wait there, for a reader
+    that does not read, once the command was interrupted."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:
+            if interrupted and stream is sys.stdout:
+                _forget(stream)
+            elif stream is not None:
                 stream.flush()
         except OSError:
-            with contextlib.suppress(io.UnsupportedOperation):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _forget(stream)
+
+
+def _forget(stream: TextIO | None) -> None:
+    """Lets what is yet to be written go nowhere."""
+    if stream is not None:
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(code: int, message: str) -> int:
