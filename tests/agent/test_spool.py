@@ -15,6 +15,7 @@ from tests.agent.samples import LOSS_KEYS, losses, metrics, producer, schema
 from tests.agent.spools import DATA, ID, OpenSpool, delivery, ranges, spooled
 from tests.fakes import DEADLINE_S, Folders
 from trackagent.agent import spool as spool_module
+from trackagent.agent.decode import decode
 from trackagent.agent.spool import (
     AGENT_LANE,
     OutOfOrder,
@@ -303,6 +304,22 @@ def test_a_producer_that_ended_long_ago_is_forgotten(forgetful: Spool) -> None:
     forgetful.end_producer(ID).result()
     forgetful.forget_ended([]).result()
     assert forgetful.committed(ID).result() == {}
+
+
+def test_what_comes_after_a_producer_was_forgotten_is_not_taken_for_its_own(
+    forgetful: Spool,
+) -> None:
+    for rank, key in enumerate(["loss", "accuracy"]):
+        who = producer(rank)
+        data = schema(0, key) + metrics(0, 1, 0.5)
+        forgetful.open_producer(who, {}).result()
+        forgetful.append(who.producer_id, 0, 0, data).result()
+        found = delivery(forgetful)
+        [points] = decode(found, forgetful.keys).points
+        assert (points.producer_id, points.keys) == (who.producer_id, (key,))
+        forgetful.delivered("store", found.id.last).result()
+        forgetful.end_producer(who.producer_id).result()
+        forgetful.forget_ended([]).result()
 
 
 def test_a_producer_whose_journal_may_come_again_is_not_forgotten(forgetful: Spool) -> None:

@@ -144,11 +144,15 @@ class Spool:
             raise SpoolError(
                 f"the spool is damaged ({error}) and cannot be replaced: {problem}"
             ) from problem
+        self._forget_producers()
+        self.wake()
+        return self._writer
+
+    def _forget_producers(self) -> None:
+        """Their numbers may go to others."""
         self._infos.clear()
         self._schemas.clear()
         self._schemas_bytes = 0
-        self.wake()
-        return self._writer
 
     # --- what senders do
 
@@ -258,6 +262,7 @@ class Spool:
             for number, producer_id in self._tables.long_ended(ended_ns):
                 if producer_id not in kept:
                     self._tables.forget_producer(number)
+            self._forget_producers()
 
         return self._commits.submit(job)
 
