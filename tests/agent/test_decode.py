@@ -25,6 +25,7 @@ from tests.agent.samples import (
     schema,
 )
 from tests.fuzz import examples
+from trackagent.agent import decode as decode_module
 from trackagent.agent.decode import MAX_KEYS_TOGETHER, decode
 from trackagent.agent.spool import Delivery, SpooledBatch
 from trackagent.agent.store.contract import (
@@ -538,10 +539,14 @@ def test_a_delivery_decodes_to_the_same_batch_every_time(
     assert same(decoded(*batches), decoded(*batches))
 
 
-@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6))
-def test_batches_of_a_delivery_say_what_each_of_them_says_alone(parts: list[bytes]) -> None:
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=6), st.sampled_from([64, 1 << 18]))
+def test_batches_of_a_delivery_say_what_each_of_them_says_alone(
+    parts: list[bytes], together_bytes: int
+) -> None:
     whole = delivery(*parts)
-    batch = decode(whole, lambda _, id_: KEYS.get(id_))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_module, "TOGETHER_BYTES", together_bytes)
+        batch = decode(whole, lambda _, id_: KEYS.get(id_))
     alone = [
         decode(Delivery(whole.id, [one]), lambda _, id_: KEYS.get(id_)) for one in whole.batches
     ]

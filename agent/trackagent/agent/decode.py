@@ -63,6 +63,12 @@ class _Decoded:
         default_factory=lambda: defaultdict(list)
     )
 
+    def take_metrics(self, other: _Decoded) -> None:
+        for series, arrays in other.points.items():
+            self.points[series] += arrays
+        for producer_id, records in other.metric_records.items():
+            self.metric_records[producer_id] += records
+
 
 def decode(delivery: Delivery, keys: Keys) -> Batch:
     """What `delivery` says. Records that cannot be read are left out and counted as lost, and an event in
@@ -70,12 +76,17 @@ def decode(delivery: Delivery, keys: Keys) -> Batch:
     decoded = _Decoded()
     for spooled in delivery.batches:
         decoded.producers[spooled.producer.producer_id] = spooled.producer
-    together: set[int] = set()
+    # By the number of the first of them, so that what a lane says stays in its order.
+    together: dict[int, _Decoded] = {}
+    covered: set[int] = set()
     for part in _parts(delivery.batches):
-        if len(part) > 1 and _decode_together(part, keys, decoded):
-            together.update(spooled.number for spooled in part)
+        if len(part) > 1 and (found := _decoded_together(part, keys)) is not None:
+            together[part[0].number] = found
+            covered.update(spooled.number for spooled in part)
     for spooled in delivery.batches:
-        if spooled.number not in together:
+        if spooled.number in together:
+            decoded.take_metrics(together[spooled.number])
+        elif spooled.number not in covered:
             _decode_batch(spooled, keys, decoded)
     return Batch(
         id=delivery.id,
@@ -112,24 +123,18 @@ def _parts(batches: Sequence[SpooledBatch]) -> Iterator[list[SpooledBatch]]:
     yield from parts.values()
 
 
-def _decode_together(part: Sequence[SpooledBatch], keys: Keys, out: _Decoded) -> bool:
-    """What a lane's batches say that are nothing but metric records without a fault; False, and nothing is
-    done, where they are not: then each is looked at by itself, and in the order in which they came."""
+def _decoded_together(part: Sequence[SpooledBatch], keys: Keys) -> _Decoded | None:
+    """What a lane's batches say that are nothing but metric records without a fault; None where they are not:
+    then each is looked at by itself."""
     data = b"".join(spooled.journal_bytes for spooled in part)
     scan = record.scan(data)
     if scan.damage or scan.end < len(data):
-        return False
+        return None
     offsets = np.array(scan.offsets, dtype=np.int64)
     if not (np.frombuffer(data, dtype=np.uint8)[offsets + 8] == Kind.METRICS).all():
-        return False
+        return None
     found = _Decoded()
-    if _decode_metrics(part[0], data, offsets, keys, found):
-        return False
-    for series, arrays in found.points.items():
-        out.points[series] += arrays
-    for producer_id, records in found.metric_records.items():
-        out.metric_records[producer_id] += records
-    return True
+    return None if _decode_metrics(part[0], data, offsets, keys, found) else found
 
 
 def _joined(
