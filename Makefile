@@ -39,8 +39,9 @@ check: $(READY) ## lint, formatting, types, generated code
 	@$(BIN)/mypy
 	@$(BIN)/python protos/generate.py --check
 
+# Four at once also on two cores: many tests wait.
 test: $(READY) ## every test, in random order, warnings are errors
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 chaos: $(READY) ## storms of faults for MINUTES=1; SEED=N replays
 	@$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -85,10 +85,6 @@ def test_a_job_gets_what_its_work_returned(make: Make, connection: Connection) -
     assert results(make().submit(keeping(connection, 7))) == [7]
 
 
-def test_an_impatient_job_waits_for_nobody(make: Make, connection: Connection) -> None:
-    assert results(make().submit(keeping(connection, 7))) == [7]
-
-
 def test_a_patient_job_waits_for_others_to_share_its_commit(
     make: Make, connection: Connection
 ) -> None:

@@ -155,3 +155,4 @@ def test_a_rank_that_has_nothing_to_send_is_connected_and_goes_on(
         assert agent.wait_for_status(runs[1], "killed").error == REASON
         idle.communicate("\n", timeout=DEADLINE_S)
     assert agent.wait_for_status(runs[0], "finished").lost_records == 0
+    assert agent.shown(runs[0])["events"] == []

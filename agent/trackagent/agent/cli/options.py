@@ -86,7 +86,10 @@ def agent_flags(command: Command) -> Command:
 def is_there(path: Path) -> bool:
     """Whether there is anything at `path`. AgentError where this user may not know."""
     try:
-        return path.exists()
+        path.stat()
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except PermissionError:
         raise AgentError(
             f"may not look for {path}: ask as the user who runs the agent, or name other folders with "
