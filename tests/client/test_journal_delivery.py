@@ -212,3 +212,19 @@ def test_seal_waits_for_a_call_under_way(journal: Journal) -> None:
     journal.close()
     with pytest.raises(ValueError, match="closed"):
         lane.segment.map.size()
+
+
+def test_the_places_of_a_journal_are_those_in_which_something_waits(
+    open_journal: Callable[..., Journal], folders: Folders
+) -> None:
+    journal = open_journal(memory_bytes=3 * SEGMENT_BYTES)
+    places = [journal.places()]
+    for records in (20, 25):  # three segments in memory, of which one is the other lane's
+        fill(journal, records)
+        places.append(journal.places())
+    (lane,) = take_all(journal)
+    for offset in (30, 45):
+        journal.acknowledge(lane, offset * TENTH)
+        places.append(journal.places())
+    both = [folders.directory, folders.state]
+    assert places == [[], [folders.directory], both, [folders.state], []]

@@ -430,8 +430,12 @@ class Journal:
 
     def places(self) -> list[Path]:
         """The folders in which what is not yet delivered lies: `directory`, `state_directory`, or both."""
-        lanes = list(self.lanes.values())
-        found = {segment.path.parent for lane in lanes for segment in lane.segments()}
+        found = {
+            segment.path.parent
+            for lane in list(self.lanes.values())
+            for segment in lane.segments()
+            if max(segment.base, lane.acknowledged) < segment.base + segment.position - HEADER_BYTES
+        }
         return [one.base for one in (self._memory, self._disk) if one.path in found]
 
     def is_gone(self) -> bool:

@@ -107,12 +107,13 @@ class Sender:
         self._stopping = True
         self.wake()
         self._thread.join(max(0.2, min(1.0, deadline - time.monotonic())))
+        places = self._journal.places()  # first: the thread may still be at work
         delivered = self._journal.delivered
         if not delivered:
             logger.warning(
                 "not everything was delivered before the end: the rest is kept in %s and delivered by the "
                 "next agent on this node (`trackagent start`)",
-                " and ".join(map(str, self._journal.places())),
+                " and ".join(map(str, places)),
             )
         return delivered
 
