@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -254,6 +256,26 @@ def start_script(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def in_a_forked_process(call: Callable[[], T]) -> T:
+    """What `call` returns in one. EOFError where it raises there, which stderr tells."""
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+    with receiver:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                sender.send(call())
+            except BaseException:
+                traceback.print_exc()
+                raise
+            finally:  # never on into the tests
+                os._exit(0)
+        sender.close()
+        assert receiver.poll(DEADLINE_S)
+        os.waitpid(pid, 0)
+        answer: T = receiver.recv()
+        return answer
 
 
 def next_line(process: subprocess.Popen[str]) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from tests.fakes import DEADLINE_S, wait_until
+from tests.fakes import DEADLINE_S, in_a_forked_process, wait_until
 from trackagent.client.broadcast import GRACE_S
 from trackagent.client.errors import IdentityError
 from trackagent.client.identity import (
@@ -216,27 +215,13 @@ def test_a_call_that_failed_does_not_count(job: Job) -> None:
     assert runs([job.rank(1, history=history)]) == runs([first])
 
 
-def in_a_forked_process(call: Callable[[], Decision]) -> Identity:
-    """Who such a process is, by what `call` decides there."""
-    receiver, sender = multiprocessing.get_context("fork").Pipe()
-    pid = os.fork()
-    if pid == 0:
-        sender.send(call().identity)
-        os._exit(0)
-    sender.close()
-    assert receiver.poll(DEADLINE_S)
-    os.waitpid(pid, 0)
-    identity = receiver.recv()
-    assert isinstance(identity, Identity)
-    return identity
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_a_rank_forks_has_a_run_of_its_own(job: Job, rank: int) -> None:
     histories = [History(), History()]
     firsts = [job.rank(rank, history=histories[rank]) for rank in (0, 1)]
     child = in_a_forked_process(
-        lambda: job.rank(rank, history=histories[rank], timeout_s=0.01)  # nobody would answer it
+        # Nobody would answer it.
+        lambda: job.rank(rank, history=histories[rank], timeout_s=0.01).identity
     )
     assert (child.rank, child.world_size, child.attempt) == (0, 1, 1)
     assert child.run_id != firsts[0].identity.run_id
@@ -246,9 +231,9 @@ def test_a_process_that_a_rank_forks_may_share_its_run_by_id(job: Job) -> None:
     histories = [History(), History()]
     first = [job.rank(rank, run_id=A, history=histories[rank]) for rank in (0, 1)][1].identity
 
-    def again() -> Decision:
+    def again() -> Identity:
         run_is_inherited(A, histories[1])
-        return job.rank(1, run_id=A, history=histories[1], timeout_s=0.01)
+        return job.rank(1, run_id=A, history=histories[1], timeout_s=0.01).identity
 
     child = in_a_forked_process(again)
     assert (child.run_id, child.attempt, child.rank) == (A, first.attempt, 1)
