@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
+from tests.fakes import in_a_forked_process
 from trackagent.client.errors import ConfigError
-from trackagent.client.identity import Decision, History, Ranks, decide, launcher_ranks
+from trackagent.client.identity import (
+    Decision,
+    History,
+    Identity,
+    Ranks,
+    decide,
+    launcher_ranks,
+    run_has_ended,
+)
 
 A = "a" * 32
 B = "b" * 32
@@ -248,3 +257,82 @@ def test_ranks_that_cannot_ask_rank_0_do_not_know_when_the_job_began() -> None:
     environ = {"RANK": "0", "WORLD_SIZE": "2"}
     decision = alone(run_id="a" * 32, environ=environ, now_ns=lambda: 17)
     assert decision.identity.job_time_ns == 0
+
+
+# --- processes that a rank starts
+
+
+def started(environ: Mapping[str, str], **changes: Any) -> Identity:
+    """Who a process is that is started with this environment and knows nothing else."""
+    return in_a_forked_process(lambda: alone(environ=dict(environ), **changes).identity)
+
+
+MPIRUN = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "PMIX_NAMESPACE": "prterun-1"}
+LAUNCHED = pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param({}, id="no launcher"),
+        pytest.param(TORCHRUN | {"MASTER_ADDR": "n0", "MASTER_PORT": "29500"}, id="torchrun"),
+        pytest.param(SLURM, id="srun"),
+        pytest.param(MPIRUN, id="mpirun"),
+    ],
+)
+
+
+@LAUNCHED
+@pytest.mark.parametrize("later", [{}, {"MASTER_ADDR": "node0", "MASTER_PORT": "12910"}])
+def test_what_a_rank_starts_has_a_run_of_its_own(
+    launcher: dict[str, str], later: dict[str, str]
+) -> None:
+    environ = dict(launcher)
+    rank = alone(run_id=A, environ=environ).identity
+    own = started(later | environ)
+    assert (own.run_id == rank.run_id, own.rank, own.world_size) == (False, 0, 1)
+    assert own.attempt == 1
+
+
+@LAUNCHED
+def test_what_a_rank_starts_with_its_runs_id_is_of_the_same_attempt(
+    launcher: dict[str, str],
+) -> None:
+    environ, history = dict(launcher), History()
+    for attempt in (1, 2):
+        rank = alone(run_id=A, environ=environ, history=history).identity
+        other = started(environ | {"TRACKAGENT_RUN_ID": A})
+        assert (other.attempt, other.job_time_ns) == (attempt, rank.job_time_ns)
+        assert (other.rank, other.world_size) == (rank.rank, rank.world_size)
+
+
+@LAUNCHED
+def test_what_a_rank_starts_after_its_run_has_ended_is_the_next_attempt(
+    launcher: dict[str, str],
+) -> None:
+    environ, history = dict(launcher), History()
+    rank = alone(run_id=A, environ=environ, history=history).identity
+    run_has_ended(A, environ, history)
+    other = started(environ | {"TRACKAGENT_RUN_ID": A})
+    again = alone(run_id=A, environ=environ, history=history).identity
+    assert (rank.attempt, other.attempt, again.attempt) == (1, 2, 2)
+    assert other.job_time_ns == rank.job_time_ns
+
+
+def test_what_one_shell_starts_with_the_same_run_id_is_two_jobs() -> None:
+    shell = {"TRACKAGENT_RUN_ID": A}
+    times = [started(shell, now_ns=lambda now=now: now).job_time_ns for now in (17, 18)]
+    assert times == [17, 18]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(MPIRUN | {"PMIX_NAMESPACE": "prterun-2"}, id="another mpirun"),
+        pytest.param(MPIRUN | {"RANK": "0", "WORLD_SIZE": "1"}, id="torchrun"),
+    ],
+)
+def test_what_a_launcher_within_a_rank_starts_is_a_rank_of_its_own(
+    launcher: dict[str, str],
+) -> None:
+    environ = dict(MPIRUN)
+    alone(run_id=A, environ=environ, now_ns=lambda: 17)
+    own = started(environ | launcher, run_id=A, now_ns=lambda: 18)
+    assert own.job_time_ns == 18

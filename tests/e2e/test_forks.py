@@ -415,8 +415,12 @@ def indented(program: str) -> str:
 
 
 @pytest.mark.parametrize("making", MAKING)
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param({"RANK": "0", "WORLD_SIZE": "1"}, id="RANK"), pytest.param({}, id="no launcher")],
+)
 def test_a_process_that_is_given_its_ranks_run_is_of_its_attempt(
-    agent: AgentProcess, tmp_path: Path, making: str
+    agent: AgentProcess, tmp_path: Path, making: str, launcher: dict[str, str]
 ) -> None:
     run_id = uuid4().hex
     given = f"client.init(experiment='given', run_id={run_id!r})\n"
@@ -428,7 +432,7 @@ def test_a_process_that_is_given_its_ranks_run_is_of_its_attempt(
     )
     begin = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
     for attempt in (1, 2):
-        run_script(agent.folders, begin, RANK="0", WORLD_SIZE="1")
+        run_script(agent.folders, begin, **launcher)
         agent.wait_for_delivery()
         run = agent.wait_for_status(run_id, "finished")
         assert (run.attempt, run.ranks) == (attempt, 1)
@@ -472,3 +476,16 @@ def test_what_ranks_of_torchrun_spawn_has_runs_of_its_own(
     for run_id, ranks in ((runs["first.0"], 2), (runs["second.0"], 2), (own[0], 1), (own[1], 1)):
         run = agent.wait_for_status(run_id, "finished")
         assert (run.attempt, run.ranks) == (1, ranks)
+
+
+@pytest.mark.parametrize("making", MAKING)
+def test_a_process_that_is_given_a_run_that_has_ended_is_the_next_attempt(
+    agent: AgentProcess, tmp_path: Path, making: str
+) -> None:
+    run_id = uuid4().hex
+    work = f"client.init(experiment='given', run_id={run_id!r})\nassert client.finish()\n"
+    script = job(tmp_path, work, f"{work}other.start()\nother.join()\n", making)
+    begin = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    run_script(agent.folders, begin)
+    agent.wait_for_delivery()
+    assert agent.wait_for_status(run_id, "finished").attempt == 2

@@ -127,6 +127,7 @@ def init(
         global _run
         if _run is run:
             _run = None
+        identity.run_has_ended(who.run_id)
         # At most half of the time: the rest is for what was logged.
         decision.stop_serving(min(_LATE_RANKS_TIMEOUT_S, (deadline - time.monotonic()) / 2))
         if git.is_alive() and threading.current_thread() is not git:

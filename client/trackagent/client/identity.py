@@ -42,7 +42,7 @@ SPARE_CONNECT_S = 5.0  # where the store is of use but not needed
 
 # What a rank tells the processes that it starts, in their environment; JSON.
 RANK_PROCESS = "TRACKAGENT_RANK_PROCESS"
-# By these a process that a rank has started tells itself from a rank of another job.
+# By these a process that a rank has started tells itself from a rank of its own, or of another job.
 _LAUNCHERS_SAY = (
     "RANK",
     "WORLD_SIZE",
@@ -53,10 +53,13 @@ _LAUNCHERS_SAY = (
     "TORCHELASTIC_RESTART_COUNT",
     "OMPI_COMM_WORLD_RANK",
     "OMPI_COMM_WORLD_SIZE",
+    "PMIX_NAMESPACE",
     "SLURM_JOB_ID",
     "SLURM_STEP_ID",
     "SLURM_PROCID",
 )
+# Frameworks set them in the rank itself, after init(): they count where they were there before.
+_SET_LATER = {"MASTER_ADDR", "MASTER_PORT"}
 RUN_ID_VARIABLES = ("TRACKAGENT_RUN_ID", "MLFLOW_RUN_ID")
 REMEDY = (
     "start the ranks with torchrun, or call client.init() after "
@@ -138,23 +141,25 @@ class History:
         """In a process that was started by the rank that it takes itself for: what that one has decided."""
         with contextlib.suppress(KeyError, ValueError, TypeError):
             said = json.loads(environ[RANK_PROCESS])
-            same = said["launcher"] == _launcher(environ) and Ranks(**said["ranks"]) == ranks
+            launcher = _launcher(environ)
+            for name in _SET_LATER - said["launcher"].keys():
+                launcher.pop(name, None)
+            same = said["launcher"] == launcher and Ranks(**said["ranks"]) == ranks
             if same and said["pid"] != os.getpid():
                 self.ranks, self.pid = ranks, int(said["pid"])
-                self.attempts[said["run_id"]] = int(said["attempts"]) - 1
+                self.attempts[said["run_id"]] = int(said["attempts"])
                 self.job_times_ns[said["run_id"]] = int(said["job_time_ns"])
 
     def bequeath(self, run_id: str, environ: MutableMapping[str, str]) -> None:
-        """Tells the processes that this one starts whose they are, where a launcher made it a rank of a job:
-        they have its environment, and would take themselves for the rank."""
-        launcher = _launcher(environ)
-        if self.ranks is not None and self.pid == os.getpid() and launcher:
+        """Tells the processes that this one starts whose they are: they have its environment, and would take
+        themselves for the rank. Given the run's id, they are of its attempt."""
+        if self.ranks is not None and self.pid == os.getpid():
             said = {
                 "pid": self.pid,
                 "ranks": asdict(self.ranks),
-                "launcher": launcher,
+                "launcher": _launcher(environ),
                 "run_id": run_id,
-                "attempts": self.attempts[run_id],
+                "attempts": self.attempts[run_id] - 1,  # before theirs
                 "job_time_ns": self.job_times_ns[run_id],
             }
             environ[RANK_PROCESS] = json.dumps(said)
@@ -173,6 +178,17 @@ def run_is_inherited(run_id: str, history: History = _HISTORY) -> None:
     if run_id in history.attempts and run_id not in history.inherited:
         history.inherited.add(run_id)
         history.attempts[run_id] -= 1
+
+
+def run_has_ended(
+    run_id: str, environ: MutableMapping[str, str] = os.environ, history: History = _HISTORY
+) -> None:
+    """What this process starts from now on, and begins the run again, is its next attempt, as this one itself
+    would be."""
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        said = json.loads(environ[RANK_PROCESS])
+        if said["run_id"] == run_id and said["pid"] == os.getpid():
+            environ[RANK_PROCESS] = json.dumps(said | {"attempts": history.attempts[run_id]})
 
 
 def decide(
