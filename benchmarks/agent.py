@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
+
+import psutil
 
 from benchmarks.figures import Figure, node, outcome, start_worker
 
@@ -33,10 +37,13 @@ def measure(quick: bool) -> Iterator[Figure]:
             worker.stdout.readline()
         time.sleep(WARM_UP_S)
         before, began, largest = here.agent.cpu_times(), time.perf_counter(), 0
+        of_threads = _of_threads(here.agent)
         while (taken := time.perf_counter() - began) < seconds:
             time.sleep(min(SAMPLE_S, seconds - taken))
             largest = max(largest, here.agent.memory_info().rss)
         taken, after = time.perf_counter() - began, here.agent.cpu_times()
+        shares = _of_threads(here.agent)
+        shares.subtract(of_threads)
         for worker in workers:
             assert worker.stdin
             worker.stdin.close()
@@ -49,7 +56,8 @@ def measure(quick: bool) -> Iterator[Figure]:
         unit="% of a core",
         budget=BUDGET_PERCENT,
         note=f"user {100 * user / taken:.1f}, system {100 * system / taken:.1f}, over {taken:.0f} s; "
-        f"{sum(logged)} records, no collectors",
+        f"{sum(logged)} records, no collectors; "
+        + ", ".join(f"{name} {share / shares.total():.0%}" for name, share in shares.most_common()),
     )
     yield Figure(
         name="resident memory",
@@ -58,6 +66,24 @@ def measure(quick: bool) -> Iterator[Figure]:
         budget=BUDGET_MIB,
         note="the largest of two samples a second",
     )
+
+
+def _of_threads(agent: psutil.Process) -> Counter[str]:
+    """Seconds of CPU so far, by what the agent's threads are: Python's have the process's name, gRPC's own
+    have theirs."""
+    tasks = Path(f"/proc/{agent.pid}/task")
+    own = (tasks / str(agent.pid) / "comm").read_text()
+    found: Counter[str] = Counter()
+    for thread in agent.threads():
+        name = "the event loop's thread"
+        if thread.id != agent.pid:
+            try:
+                python = (tasks / str(thread.id) / "comm").read_text() == own
+            except FileNotFoundError:
+                continue  # it has ended meanwhile
+            name = "Python's others" if python else "gRPC's own"
+        found[name] += thread.user_time + thread.system_time
+    return found
 
 
 def _worker(rank: int) -> int:
