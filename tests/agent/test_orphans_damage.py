@@ -132,22 +132,21 @@ def test_a_segment_of_another_producer_is_set_aside(
     )
 
 
-def test_damage_in_a_segment_costs_what_stands_there_only(
-    spool: Spool, orphans: Orphans, folders: Folders
-) -> None:
-    path = left_behind(folders)[0]
-    overwrite(path, 30_000, b"\xff" * 80)
+@pytest.fixture
+def noise_in_a_segment(orphans: Orphans, folders: Folders) -> None:
+    """The agent has read a journal of which 80 bytes in the middle are noise."""
+    overwrite(left_behind(folders)[0], 30_000, b"\xff" * 80)
     orphans.look()
+
+
+@pytest.mark.usefixtures("noise_in_a_segment")
+def test_damage_in_a_segment_costs_what_stands_there_only(spool: Spool) -> None:
     found = steps(spool)
     assert (found == sorted(set(found)), 2 <= len(MANY) - len(found) <= 4) == (True, True)
 
 
-def test_damage_in_a_segment_is_an_event_of_the_run(
-    spool: Spool, orphans: Orphans, folders: Folders
-) -> None:
-    path = left_behind(folders)[0]
-    overwrite(path, 30_000, b"\xff" * 80)
-    orphans.look()
+@pytest.mark.usefixtures("noise_in_a_segment")
+def test_damage_in_a_segment_is_an_event_of_the_run(spool: Spool) -> None:
     (event,) = problems(spool)
     assert event.message.startswith("unreadable records: ")
 
