@@ -182,7 +182,9 @@ del os.environ["TORCHELASTIC_RUN_ID"]
     + RANK.replace("print(run.id, flush=True)", "exec(handler)")
     + """
 open(f"{sys.argv[1]}/{job}.{rank}", "x").close()
-time.sleep(600)
+# Python calls a handler between two instructions: a signal just before a long sleep would wait for its end.
+while True:
+    time.sleep(0.05)
 """
 )
 SAVED = """
