@@ -134,6 +134,26 @@ def test_a_look_at_the_store(folders: Folders, store: Path, arguments: list[str]
     assert (code, said) in ((INTERRUPTED, ""), (0, ""))
 
 
+def test_a_command_that_is_done(folders: Folders, store: Path) -> None:
+    program = (
+        "import atexit, os, signal, sys\n"
+        "from trackagent.agent.cli import entry\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "sys.argv = ['trackagent', 'show']\n"
+        "entry()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        env=folders.environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert RUN in done.stdout
+
+
 # --- what asks an agent
 
 
@@ -156,15 +176,15 @@ def test_a_status_that_nobody_answers(folders: Folders, silent: socket.socket) -
 
 
 STUBBORN = """
-import fcntl, json, os, signal, sys
+import fcntl, json, os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
 lock = open(sys.argv[1], "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 json.dump({"pid": os.getpid(), "started_ns": 0, "version": "1"}, lock)
 lock.flush()
 print("ready", flush=True)
-while True:
-    signal.pause()
+while True:  # not pause(): a signal just before it would be noticed at the next one
+    time.sleep(0.01)
 """
 
 

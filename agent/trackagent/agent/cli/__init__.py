@@ -1,4 +1,4 @@
-"""The `trackagent` command: `main` is its entry point, each file here a group of commands.
+"""The `trackagent` command: `main` is the command, `entry` the program, each file here a group of commands.
 
 Exit codes: 0 done, 1 error, 2 wrong use (arguments, environment, configuration file), 3 no agent runs or
 nothing is there, 130 interrupted, 141 the reader of the output has gone. Errors are one line on stderr.
@@ -12,6 +12,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
@@ -182,3 +183,12 @@ def main() -> None:
     \b
     Exit codes: 0 done, 1 error, 2 wrong use, 3 no agent runs or nothing is there.
     """
+
+
+def entry() -> None:
+    """Ends the process with the command's exit code."""
+    try:
+        main()
+    finally:
+        # The command is done: a Ctrl-C while the interpreter ends changes nothing.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """`python -m trackagent.agent.cli` is the `trackagent` command."""
 
-from trackagent.agent.cli import main
+from trackagent.agent.cli import entry
 
 if __name__ == "__main__":
-    main()
+    entry()
