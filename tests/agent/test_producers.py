@@ -62,6 +62,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("forked", 1, "forked is 1: expected bool"),
     ("forked", None, "forked is None: expected bool"),
     ("job_time_ns", -1, "job_time_ns is -1: expected 0 to"),
+    ("sampled", "gpu\n0", "the sampled"),
     ("job_time_ns", 1 << 63, "job_time_ns is 9223372036854775808: expected"),
 ]
 
@@ -102,7 +103,9 @@ def test_a_bad_field_is_refused_by_name(name: str, value: Any, message: str) -> 
         checked(fields(**{name: value}))
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS if name != "job_time_ns"])
+@pytest.mark.parametrize(
+    "name", [name for name in FIELDS if name not in ("job_time_ns", "sampled")]
+)
 def test_a_missing_field_is_refused_by_name(name: str) -> None:
     incomplete = fields()
     del incomplete[name]
@@ -114,6 +117,16 @@ def test_a_producer_that_does_not_know_its_job_is_believed() -> None:
     older = fields(job_time_ns=7)
     del older["job_time_ns"]
     assert checked(older) == producer(job_time_ns=0)
+
+
+def test_a_producer_that_says_nothing_of_samples_logs() -> None:
+    older = fields()
+    del older["sampled"]
+    assert checked(older).source == "rank 0"
+
+
+def test_the_source_of_what_is_sampled_is_what_it_says() -> None:
+    assert checked(fields(sampled="gpu a:0")).source == "gpu a:0"
 
 
 def test_every_field_has_a_bad_example() -> None:

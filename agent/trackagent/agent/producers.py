@@ -27,8 +27,8 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
     otherwise.
     """
     try:
-        # What wrote it may be older than this field.
-        known = {"job_time_ns": 0, **fields}
+        # What wrote it may be older than these fields.
+        known = {"job_time_ns": 0, "sampled": "", **fields}
         info = ProducerInfo(**{name: known[name] for name in ProducerInfo.__slots__})
     except KeyError as error:
         raise BadIdentity(f"the producer has no {error.args[0]}") from None
@@ -61,6 +61,8 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
         check_key(info.experiment, "experiment")
         if info.run_name:
             check_key(info.run_name, "run_name")
+        if info.sampled:
+            check_key(info.sampled, "sampled")
     except ValueRefused as error:
         raise BadIdentity(str(error)) from None
     return info

@@ -10,6 +10,7 @@ Reading: any thread or process, also while a batch is written; a reader sees who
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -50,7 +51,12 @@ class BatchId:
 class ProducerInfo:
     """Who logs; the fields of trackagent.v1.Producer. `attempt` is the job's count. Where several jobs
     continued one run, a store counts on over them, in order of job_time_ns; of a producer that does not know
-    its job (0), the last of them counts."""
+    its job (0), the last of them counts.
+
+    sampled: "" for a process that logs. Else this is an agent that samples, and this the source of what it
+    samples: `rank 3`, of a process of the run; or `node a` and `gpu a:0`, in the run `node_run_id("a")`,
+    which is no run of anybody's: each run sees of it what was sampled on its nodes while it was there. The
+    steps of samples are whole seconds since 1970-01-01 UTC, and they do not count as records of the run."""
 
     producer_id: bytes
     run_id: str
@@ -65,11 +71,19 @@ class ProducerInfo:
     run_name: str
     forked: bool
     job_time_ns: int = 0
+    sampled: str = ""
 
     @property
     def source(self) -> str:
         """The source of this producer's series: `rank 3`, or `rank 3 pid 4711` for what a rank forked."""
+        if self.sampled:
+            return self.sampled
         return f"rank {self.rank} pid {self.pid}" if self.forked else f"rank {self.rank}"
+
+
+def node_run_id(node: str) -> str:
+    """The id under which what is sampled on a node is kept: 32 hexadecimal digits."""
+    return hashlib.blake2b(f"trackagent node {node}".encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n trackagent/protos/v1/agent.proto\x12\rtrackagent.v1\"\xf3\x01\n\x08Producer\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\x0c\n\x04node\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x15\n\rstart_time_ns\x18\t \x01(\x03\x12\x12\n\nexperiment\x18\n \x01(\t\x12\x10\n\x08run_name\x18\x0b \x01(\t\x12\x0e\n\x06\x66orked\x18\x0c \x01(\x08\x12\x13\n\x0bjob_time_ns\x18\r \x01(\x03\"\x8f\x01\n\x0eOpenRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12)\n\x08producer\x18\x02 \x01(\x0b\x32\x17.trackagent.v1.Producer\x12\'\n\x04held\x18\x03 \x03(\x0b\x32\x19.trackagent.v1.LaneOffset\x12\x0f\n\x07schemas\x18\x04 \x03(\x0c\"o\n\x0fOpenRunResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x17\n\x0fmax_batch_bytes\x18\x02 \x01(\r\x12,\n\tcommitted\x18\x03 \x03(\x0b\x32\x19.trackagent.v1.LaneOffset\"*\n\nLaneOffset\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"]\n\x0bPushRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\x0c\n\x04lane\x18\x02 \x01(\r\x12\x14\n\x0c\x66irst_offset\x18\x03 \x01(\x04\x12\x15\n\rjournal_bytes\x18\x04 \x01(\x0c\",\n\x0cPushResponse\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"O\n\x0f\x43loseRunRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\'\n\x04\x65nds\x18\x02 \x03(\x0b\x32\x19.trackagent.v1.LaneOffset\"$\n\x10\x43loseRunResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\"\x0f\n\rStatusRequest\"\xdd\x03\n\x0eStatusResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x15\n\rstart_time_ns\x18\x03 \x01(\x03\x12\x11\n\tdirectory\x18\x04 \x01(\t\x12\x17\n\x0fstate_directory\x18\x05 \x01(\t\x12)\n\x05spool\x18\x06 \x01(\x0b\x32\x1a.trackagent.v1.SpoolStatus\x12(\n\x05sinks\x18\x07 \x03(\x0b\x32\x19.trackagent.v1.SinkStatus\x12\x30\n\tproducers\x18\x08 \x03(\x0b\x32\x1d.trackagent.v1.ProducerStatus\x12\x44\n\x0clost_records\x18\t \x03(\x0b\x32..trackagent.v1.StatusResponse.LostRecordsEntry\x12\x18\n\x10lost_since_start\x18\n \x01(\x04\x12\x14\n\x0clost_unknown\x18\x0b \x01(\t\x12\x33\n\nquarantine\x18\x0c \x01(\x0b\x32\x1f.trackagent.v1.QuarantineStatus\x1a\x32\n\x10LostRecordsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"T\n\x10QuarantineStatus\x12\r\n\x05items\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x04\"X\n\x0bSpoolStatus\x12\x0f\n\x07\x62\x61tches\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\"\x93\x01\n\nSinkStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x16\n\x0e\x62\x61tches_behind\x18\x03 \x01(\x04\x12\x10\n\x08rejected\x18\x04 \x01(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x64\x65\x61\x64_letters\x18\x06 \x01(\x04\x12\x19\n\x11\x64\x65\x61\x64_letter_bytes\x18\x07 \x01(\x04\"c\n\x0eProducerStatus\x12)\n\x08producer\x18\x01 \x01(\x0b\x32\x17.trackagent.v1.Producer\x12\r\n\x05state\x18\x02 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x03 \x01(\x04\x32\xaa\x02\n\x05\x41gent\x12H\n\x07OpenRun\x12\x1d.trackagent.v1.OpenRunRequest\x1a\x1e.trackagent.v1.OpenRunResponse\x12\x43\n\x04Push\x12\x1a.trackagent.v1.PushRequest\x1a\x1b.trackagent.v1.PushResponse(\x01\x30\x01\x12K\n\x08\x43loseRun\x12\x1e.trackagent.v1.CloseRunRequest\x1a\x1f.trackagent.v1.CloseRunResponse\x12\x45\n\x06Status\x12\x1c.trackagent.v1.StatusRequest\x1a\x1d.trackagent.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n trackagent/protos/v1/agent.proto\x12\rtrackagent.v1\"\x84\x02\n\x08Producer\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nlocal_rank\x18\x05 \x01(\r\x12\x12\n\nworld_size\x18\x06 \x01(\r\x12\x0c\n\x04node\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x15\n\rstart_time_ns\x18\t \x01(\x03\x12\x12\n\nexperiment\x18\n \x01(\t\x12\x10\n\x08run_name\x18\x0b \x01(\t\x12\x0e\n\x06\x66orked\x18\x0c \x01(\x08\x12\x13\n\x0bjob_time_ns\x18\r \x01(\x03\x12\x0f\n\x07sampled\x18\x0e \x01(\t\"\x8f\x01\n\x0eOpenRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12)\n\x08producer\x18\x02 \x01(\x0b\x32\x17.trackagent.v1.Producer\x12\'\n\x04held\x18\x03 \x03(\x0b\x32\x19.trackagent.v1.LaneOffset\x12\x0f\n\x07schemas\x18\x04 \x03(\x0c\"o\n\x0fOpenRunResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x17\n\x0fmax_batch_bytes\x18\x02 \x01(\r\x12,\n\tcommitted\x18\x03 \x03(\x0b\x32\x19.trackagent.v1.LaneOffset\"*\n\nLaneOffset\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"]\n\x0bPushRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\x0c\n\x04lane\x18\x02 \x01(\r\x12\x14\n\x0c\x66irst_offset\x18\x03 \x01(\x04\x12\x15\n\rjournal_bytes\x18\x04 \x01(\x0c\",\n\x0cPushResponse\x12\x0c\n\x04lane\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"O\n\x0f\x43loseRunRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\'\n\x04\x65nds\x18\x02 \x03(\x0b\x32\x19.trackagent.v1.LaneOffset\"$\n\x10\x43loseRunResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\"\x0f\n\rStatusRequest\"\xdd\x03\n\x0eStatusResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x15\n\rstart_time_ns\x18\x03 \x01(\x03\x12\x11\n\tdirectory\x18\x04 \x01(\t\x12\x17\n\x0fstate_directory\x18\x05 \x01(\t\x12)\n\x05spool\x18\x06 \x01(\x0b\x32\x1a.trackagent.v1.SpoolStatus\x12(\n\x05sinks\x18\x07 \x03(\x0b\x32\x19.trackagent.v1.SinkStatus\x12\x30\n\tproducers\x18\x08 \x03(\x0b\x32\x1d.trackagent.v1.ProducerStatus\x12\x44\n\x0clost_records\x18\t \x03(\x0b\x32..trackagent.v1.StatusResponse.LostRecordsEntry\x12\x18\n\x10lost_since_start\x18\n \x01(\x04\x12\x14\n\x0clost_unknown\x18\x0b \x01(\t\x12\x33\n\nquarantine\x18\x0c \x01(\x0b\x32\x1f.trackagent.v1.QuarantineStatus\x1a\x32\n\x10LostRecordsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"T\n\x10QuarantineStatus\x12\r\n\x05items\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x11\n\tmax_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x64\x65leted\x18\x04 \x01(\x04\"X\n\x0bSpoolStatus\x12\x0f\n\x07\x62\x61tches\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x04\x12\x11\n\tmax_bytes\x18\x04 \x01(\x04\"\x93\x01\n\nSinkStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x16\n\x0e\x62\x61tches_behind\x18\x03 \x01(\x04\x12\x10\n\x08rejected\x18\x04 \x01(\x04\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x64\x65\x61\x64_letters\x18\x06 \x01(\x04\x12\x19\n\x11\x64\x65\x61\x64_letter_bytes\x18\x07 \x01(\x04\"c\n\x0eProducerStatus\x12)\n\x08producer\x18\x01 \x01(\x0b\x32\x17.trackagent.v1.Producer\x12\r\n\x05state\x18\x02 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x03 \x01(\x04\x32\xaa\x02\n\x05\x41gent\x12H\n\x07OpenRun\x12\x1d.trackagent.v1.OpenRunRequest\x1a\x1e.trackagent.v1.OpenRunResponse\x12\x43\n\x04Push\x12\x1a.trackagent.v1.PushRequest\x1a\x1b.trackagent.v1.PushResponse(\x01\x30\x01\x12K\n\x08\x43loseRun\x12\x1e.trackagent.v1.CloseRunRequest\x1a\x1f.trackagent.v1.CloseRunResponse\x12\x45\n\x06Status\x12\x1c.trackagent.v1.StatusRequest\x1a\x1d.trackagent.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSRESPONSE_LOSTRECORDSENTRY']._loaded_options = None
   _globals['_STATUSRESPONSE_LOSTRECORDSENTRY']._serialized_options = b'8\001'
   _globals['_PRODUCER']._serialized_start=52
-  _globals['_PRODUCER']._serialized_end=295
-  _globals['_OPENRUNREQUEST']._serialized_start=298
-  _globals['_OPENRUNREQUEST']._serialized_end=441
-  _globals['_OPENRUNRESPONSE']._serialized_start=443
-  _globals['_OPENRUNRESPONSE']._serialized_end=554
-  _globals['_LANEOFFSET']._serialized_start=556
-  _globals['_LANEOFFSET']._serialized_end=598
-  _globals['_PUSHREQUEST']._serialized_start=600
-  _globals['_PUSHREQUEST']._serialized_end=693
-  _globals['_PUSHRESPONSE']._serialized_start=695
-  _globals['_PUSHRESPONSE']._serialized_end=739
-  _globals['_CLOSERUNREQUEST']._serialized_start=741
-  _globals['_CLOSERUNREQUEST']._serialized_end=820
-  _globals['_CLOSERUNRESPONSE']._serialized_start=822
-  _globals['_CLOSERUNRESPONSE']._serialized_end=858
-  _globals['_STATUSREQUEST']._serialized_start=860
-  _globals['_STATUSREQUEST']._serialized_end=875
-  _globals['_STATUSRESPONSE']._serialized_start=878
-  _globals['_STATUSRESPONSE']._serialized_end=1355
-  _globals['_STATUSRESPONSE_LOSTRECORDSENTRY']._serialized_start=1305
-  _globals['_STATUSRESPONSE_LOSTRECORDSENTRY']._serialized_end=1355
-  _globals['_QUARANTINESTATUS']._serialized_start=1357
-  _globals['_QUARANTINESTATUS']._serialized_end=1441
-  _globals['_SPOOLSTATUS']._serialized_start=1443
-  _globals['_SPOOLSTATUS']._serialized_end=1531
-  _globals['_SINKSTATUS']._serialized_start=1534
-  _globals['_SINKSTATUS']._serialized_end=1681
-  _globals['_PRODUCERSTATUS']._serialized_start=1683
-  _globals['_PRODUCERSTATUS']._serialized_end=1782
-  _globals['_AGENT']._serialized_start=1785
-  _globals['_AGENT']._serialized_end=2083
+  _globals['_PRODUCER']._serialized_end=312
+  _globals['_OPENRUNREQUEST']._serialized_start=315
+  _globals['_OPENRUNREQUEST']._serialized_end=458
+  _globals['_OPENRUNRESPONSE']._serialized_start=460
+  _globals['_OPENRUNRESPONSE']._serialized_end=571
+  _globals['_LANEOFFSET']._serialized_start=573
+  _globals['_LANEOFFSET']._serialized_end=615
+  _globals['_PUSHREQUEST']._serialized_start=617
+  _globals['_PUSHREQUEST']._serialized_end=710
+  _globals['_PUSHRESPONSE']._serialized_start=712
+  _globals['_PUSHRESPONSE']._serialized_end=756
+  _globals['_CLOSERUNREQUEST']._serialized_start=758
+  _globals['_CLOSERUNREQUEST']._serialized_end=837
+  _globals['_CLOSERUNRESPONSE']._serialized_start=839
+  _globals['_CLOSERUNRESPONSE']._serialized_end=875
+  _globals['_STATUSREQUEST']._serialized_start=877
+  _globals['_STATUSREQUEST']._serialized_end=892
+  _globals['_STATUSRESPONSE']._serialized_start=895
+  _globals['_STATUSRESPONSE']._serialized_end=1372
+  _globals['_STATUSRESPONSE_LOSTRECORDSENTRY']._serialized_start=1322
+  _globals['_STATUSRESPONSE_LOSTRECORDSENTRY']._serialized_end=1372
+  _globals['_QUARANTINESTATUS']._serialized_start=1374
+  _globals['_QUARANTINESTATUS']._serialized_end=1458
+  _globals['_SPOOLSTATUS']._serialized_start=1460
+  _globals['_SPOOLSTATUS']._serialized_end=1548
+  _globals['_SINKSTATUS']._serialized_start=1551
+  _globals['_SINKSTATUS']._serialized_end=1698
+  _globals['_PRODUCERSTATUS']._serialized_start=1700
+  _globals['_PRODUCERSTATUS']._serialized_end=1799
+  _globals['_AGENT']._serialized_start=1802
+  _globals['_AGENT']._serialized_end=2100
 # @@protoc_insertion_point(module_scope)

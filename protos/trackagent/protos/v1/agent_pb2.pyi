@@ -6,7 +6,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Producer(_message.Message):
-    __slots__ = ("producer_id", "run_id", "attempt", "rank", "local_rank", "world_size", "node", "pid", "start_time_ns", "experiment", "run_name", "forked", "job_time_ns")
+    __slots__ = ("producer_id", "run_id", "attempt", "rank", "local_rank", "world_size", "node", "pid", "start_time_ns", "experiment", "run_name", "forked", "job_time_ns", "sampled")
     PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -20,6 +20,7 @@ class Producer(_message.Message):
     RUN_NAME_FIELD_NUMBER: _ClassVar[int]
     FORKED_FIELD_NUMBER: _ClassVar[int]
     JOB_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_FIELD_NUMBER: _ClassVar[int]
     producer_id: bytes
     run_id: str
     attempt: int
@@ -33,7 +34,8 @@ class Producer(_message.Message):
     run_name: str
     forked: bool
     job_time_ns: int
-    def __init__(self, producer_id: _Optional[bytes] = ..., run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., local_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., experiment: _Optional[str] = ..., run_name: _Optional[str] = ..., forked: bool = ..., job_time_ns: _Optional[int] = ...) -> None: ...
+    sampled: str
+    def __init__(self, producer_id: _Optional[bytes] = ..., run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., local_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., experiment: _Optional[str] = ..., run_name: _Optional[str] = ..., forked: bool = ..., job_time_ns: _Optional[int] = ..., sampled: _Optional[str] = ...) -> None: ...
 
 class OpenRunRequest(_message.Message):
     __slots__ = ("protocol_version", "producer", "held", "schemas")

@@ -1,0 +1,49 @@
+"""What every collector does: say how the node, its GPUs or the ranks' processes are at this moment.
+
+One thread calls a collector, again and again, with pauses in between; each has a thread of its own, so that
+one which takes long holds no other up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from trackagent.agent.store.contract import ProducerInfo
+
+
+class Unavailable(Exception):
+    """There is nothing to collect here: a library, a device or a permission is missing. The message is a line
+    that says what, and what to do if it is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Readings of one moment. values: by key, as docs/metrics.md lists them, in the unit that the key names;
+    a reading that the system does not give is left out. gpu: of this one, its index, with the instance of a
+    partitioned one behind a dot (`0`, `0.1`). rank: of this process of a run. Neither: of the node."""
+
+    values: dict[str, float]
+    gpu: str = ""
+    rank: ProducerInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that a device reported at this moment, such as an XID: as an event of the runs."""
+
+    level: str
+    message: str
+    data: dict[str, object]
+
+
+class Collector(Protocol):
+    """Made by its module's `make`, which raises Unavailable where there is nothing to collect."""
+
+    name: str
+    """As in the configuration: `system`."""
+
+    def sample(self) -> Sequence[Sample | Incident]:
+        """How things are now. Any exception: it failed, and is asked again later. Takes milliseconds."""
+        ...
