@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -25,10 +26,12 @@ from trackagent.agent.store.contract import (
     RunSummary,
     Series,
     SeriesInfo,
+    node_run_id,
 )
 from trackagent.agent.store.runs import attempt_numbers
 
 Point = tuple[int, int, int, float]  # step, attempt, time, value
+SECOND_NS = 1_000_000_000
 
 
 @dataclass
@@ -131,7 +134,7 @@ class MemoryStore:
     def runs(
         self, *, experiment: str | None = None, status: str | None = None, limit: int = 100
     ) -> list[RunSummary]:
-        ids = {info.run_id for info in self._state.producers.values()}
+        ids = {info.run_id for info in self._state.producers.values() if not info.sampled}
         every = sorted(
             map(self._summary, ids), key=lambda run: (run.start_time_ns, run.run_id), reverse=True
         )
@@ -157,7 +160,7 @@ class MemoryStore:
 
     def _summary(self, run_id: str) -> RunSummary:
         state = self._state
-        every = [info for info in state.producers.values() if info.run_id == run_id]
+        every = self._logging(run_id)
         attempt = max(self._attempt(info) for info in every)
         latest = [info for info in every if self._attempt(info) == attempt]
         first = min(latest, key=lambda info: (info.forked, info.rank, info.start_time_ns))
@@ -185,20 +188,17 @@ class MemoryStore:
             len(infos),
             sum(info.points for info in infos),
             sum(state.records.get(info.producer_id, 0) for info in every),
-            self._logged(every),
+            self._records_logged(every),
             sum(self.losses(run_id).values()),
         )
 
     def _attempt(self, info: ProducerInfo) -> int:
-        every = self._state.producers.values()
         said = [
-            (one.job_time_ns, one.attempt, one.start_time_ns)
-            for one in every
-            if one.run_id == info.run_id
+            (one.job_time_ns, one.attempt, one.start_time_ns) for one in self._logging(info.run_id)
         ]
-        return attempt_numbers(said)[info.job_time_ns, info.attempt]
+        return attempt_numbers(said).get((info.job_time_ns, info.attempt), info.attempt)
 
-    def _logged(self, every: list[ProducerInfo]) -> int | None:
+    def _records_logged(self, every: list[ProducerInfo]) -> int | None:
         total = 0
         for info in every:
             end = self._state.ends.get(info.producer_id)
@@ -226,7 +226,8 @@ class MemoryStore:
         self._known(run_id)
         found: dict[str, int] = {}
         for (producer_id, reason), records in self._state.losses.items():
-            if self._state.producers[producer_id].run_id == run_id:
+            info = self._state.producers[producer_id]
+            if info.run_id == run_id and not info.sampled:
                 found[reason] = found.get(reason, 0) + sum(records)
         return found
 
@@ -238,8 +239,7 @@ class MemoryStore:
 
     def attempts(self, run_id: str) -> list[int]:
         self._known(run_id)
-        ranks = self._state.producers.values()
-        return sorted({self._attempt(info) for info in ranks if info.run_id == run_id})
+        return sorted({self._attempt(info) for info in self._logging(run_id)})
 
     def gaps(self, run_id: str) -> list[RunGap]:
         self._known(run_id)
@@ -252,18 +252,68 @@ class MemoryStore:
 
     def events(self, run_id: str, after: int = 0) -> list[Event]:
         self._known(run_id)
-        return [event for run, event in self._state.events if run == run_id and event.id > after]
+        windows = self._windows(run_id)
+        return [
+            event
+            for run, event in self._state.events
+            if event.id > after
+            and run in windows
+            and windows[run][0] <= event.time_ns // SECOND_NS <= windows[run][1]
+        ]
 
-    def _of(self, run_id: str) -> Iterator[tuple[ProducerInfo, Points]]:
+    def _logging(self, run_id: str) -> list[ProducerInfo]:
+        every = self._state.producers.values()
+        return [info for info in every if info.run_id == run_id and not info.sampled]
+
+    def _windows(self, run_id: str) -> dict[str, tuple[float, float]]:
+        """The seconds that a run sees of what lies in it, and in the runs of its nodes."""
+        found = {}
+        ranks = [info for info in self._logging(run_id) if not info.forked]
+        for node in {info.node for info in ranks}:
+            there = [info for info in ranks if info.node == node]
+            ends = [self._state.ends.get(info.producer_id) for info in there]
+            last = max(end.time_ns // SECOND_NS if end else math.inf for end in ends)
+            first = min(info.start_time_ns for info in there) // SECOND_NS
+            found[node_run_id(node)] = (float(first), last)
+        return {**found, run_id: (-math.inf, math.inf)}
+
+    def _logged(self, run_id: str) -> Iterator[tuple[ProducerInfo, Points]]:
         for points in self._state.points:
             info = self._state.producers[points.producer_id]
-            if info.run_id == run_id:
+            if info.run_id == run_id and not info.sampled:
                 yield info, points
 
+    def _sampled(self, run_id: str) -> Iterator[tuple[ProducerInfo, Points]]:
+        """What was sampled for a run: the part of its time, in seconds since it began."""
+        windows = self._windows(run_id)
+        began = min((info.start_time_ns for info in self._logging(run_id)), default=0)
+        for points in self._state.points:
+            info = self._state.producers[points.producer_id]
+            if info.run_id in windows and info.sampled:
+                first, last = windows[info.run_id]
+                seen = (points.steps >= first) & (points.steps <= last)
+                if seen.any():
+                    if info.run_id != run_id:
+                        info = replace(info, rank=-1)
+                    cut = points.steps[seen] - began // SECOND_NS
+                    times, values = points.times_ns[seen], points.values[:, seen]
+                    yield info, Points(points.producer_id, points.keys, cut, times, values)
+
     def _points(self, run_id: str, key: str, source: str) -> list[Point]:
+        logged = self._points_of(self._logged(run_id), key, source)
+        return logged or self._points_of(self._sampled(run_id), key, source)
+
+    def _points_of(
+        self, of: Iterable[tuple[ProducerInfo, Points]], key: str, source: str
+    ) -> list[Point]:
         return [
-            (int(step), self._attempt(info), int(time_ns), float(value))
-            for info, some in self._of(run_id)
+            (
+                int(step),
+                0 if info.sampled else self._attempt(info),
+                int(time_ns),
+                float(value),
+            )
+            for info, some in of
             if info.source == source and key in some.keys
             for step, time_ns, value in zip(
                 some.steps, some.times_ns, some.values[some.keys.index(key)], strict=True
@@ -272,11 +322,24 @@ class MemoryStore:
 
     def series_list(self, run_id: str) -> list[SeriesInfo]:
         self._known(run_id)
-        names = {(key, info.source) for info, some in self._of(run_id) for key in some.keys}
+        return self._infos(run_id, self._names(self._logged(run_id)))
+
+    def samples_list(self, run_id: str) -> list[SeriesInfo]:
+        self._known(run_id)
+        logged = self._names(self._logged(run_id))
+        return self._infos(run_id, self._names(self._sampled(run_id)) - logged)
+
+    def _names(self, of: Iterable[tuple[ProducerInfo, Points]]) -> set[tuple[str, str]]:
+        return {(key, info.source) for info, some in of for key in some.keys}
+
+    def _infos(self, run_id: str, names: set[tuple[str, str]]) -> list[SeriesInfo]:
         found = []
         for key, source in sorted(
             names,
-            key=lambda name: (name[0], [int(w) if w.isdigit() else 0 for w in name[1].split()]),
+            key=lambda name: (
+                name[0],
+                [(int(w) if w.isdigit() else 0, w) for w in name[1].split()],
+            ),
         ):
             points = self._points(run_id, key, source)
             *_, last = sorted(points, key=lambda point: point[:3])
@@ -322,14 +385,17 @@ class MemoryStore:
         floats = [np.array(column, dtype=np.float64) for column in columns[3:]]
         return Buckets(key, source, ints[0], ints[1], ints[2], floats[0], floats[1], floats[2])
 
-    def export(self, run_id: str, *, skip: dict[str, int] | None = None) -> Iterator[ExportBlock]:
+    def export(
+        self, run_id: str, *, skip: dict[str, int] | None = None, samples: bool = False
+    ) -> Iterator[ExportBlock]:
         self._known(run_id)
         skip = {} if skip is None else skip
-        every = list(self._of(run_id))
+        every = list(self._sampled(run_id) if samples else self._logged(run_id))
         done, skip["blocks"] = skip.get("blocks", 0), len(every)
         for info, some in every[done:]:
+            attempt = self._attempt(info) if info.rank >= 0 else 0
             rest = (some.keys, some.steps, some.times_ns, some.values)
-            yield ExportBlock(info.source, info.rank, self._attempt(info), *rest)
+            yield ExportBlock(info.source, info.rank, attempt, *rest)
 
     def damage(self, run_id: str) -> list[str]:
         self._known(run_id)

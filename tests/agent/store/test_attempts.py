@@ -98,14 +98,24 @@ def test_all_ranks_of_an_attempt_are_of_it(tmp_path: Path) -> None:
     assert (run.status, run.attempt, run.ranks) == ("finished", 2, 2)
 
 
+ADDED_SINCE_VERSION_3 = [
+    ("producers", "job_time_ns"),
+    ("producers", "said_attempt"),
+    ("producers", "sampled"),
+    ("runs", "listed"),
+    ("chunks", "first_step"),
+    ("chunks", "last_step"),
+]
+
+
 def test_a_store_of_before_keeps_its_attempts(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     stored(path, [batch(1, producer(0), producer(0, attempt=2))]).close()
     with contextlib.closing(sqlite3.connect(path)) as old:
         for table in schema.TWICE:
             old.execute(f"DROP INDEX copy_of_{table}")
-        old.execute("ALTER TABLE producers DROP COLUMN job_time_ns")
-        old.execute("ALTER TABLE producers DROP COLUMN said_attempt")
+        for table, column in ADDED_SINCE_VERSION_3:
+            old.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         old.execute("PRAGMA application_id = 0")
         old.execute("PRAGMA user_version = 3")
         old.commit()

@@ -30,13 +30,15 @@ from tests.agent.store.batches import (
 )
 from tests.fakes import COMMAND, Folders
 from trackagent.agent.store import database, open_reader, open_writer, schema
-from trackagent.agent.store.contract import Batch, Setting, StoreError
+from trackagent.agent.store.contract import Batch, Setting, StoreError, node_run_id
 from trackagent.agent.store.sqlite import SqliteWriter
 
 PAGE = 4096
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 RANKS = [producer(rank) for rank in range(3)]
-OTHER = producer(0, run=OTHER_RUN)
+OTHER = producer(0, run=OTHER_RUN, node="node-b")
+NODE = producer(0, run=node_run_id("node-a"), sampled="node node-a")
+EYE = producer(0, sampled="rank 0", producer_id=b"who samples 0")
 WIDE = tuple(f"layer.{i}/norm" for i in range(4))
 Said = dict[str, Any]
 Mutation = Callable[[bytearray], "bytearray | None"]
@@ -64,8 +66,11 @@ def batches() -> Iterator[Batch]:
     for number in range(3, 7):
         steps = range(100 * number, 100 * number + 90)
         some = [points(rank, steps, keys=WIDE, value=noise(90, number)) for rank in RANKS]
+        seconds = range(30 * number - 90, 30 * number - 60)
+        some.append(points(NODE, seconds, keys=("cpu", "memory"), value=noise(30, number)))
+        some.append(points(EYE, seconds, keys=("rss",), value=noise(30, number)))
         records = {rank.producer_id: 90 for rank in RANKS}
-        yield batch(number, *RANKS, points=some, metric_records=records)
+        yield batch(number, *RANKS, NODE, EYE, points=some, metric_records=records)
     yield batch(7, OTHER, ends=[end(OTHER)], params=[param(OTHER, "lr", "0.1")])
 
 
@@ -105,7 +110,7 @@ def everything(path: Path) -> Said:
         for run in reader.runs():
             id_ = run.run_id
             series = {}
-            for info in reader.series_list(id_):
+            for info in [*reader.series_list(id_), *reader.samples_list(id_)]:
                 found = reader.series(id_, info.key, info.source)
                 series[info.key, info.source] = list(
                     zip(
@@ -123,7 +128,7 @@ def everything(path: Path) -> Said:
                 "gaps": reader.gaps(id_),
                 "events": [e.message for e in reader.events(id_)],
                 "series": series,
-                "infos": reader.series_list(id_),
+                "infos": [reader.series_list(id_), reader.samples_list(id_)],
             }
         return said
 
@@ -443,7 +448,7 @@ def test_damage_met_while_writing_is_mended_and_the_batch_kept(path: Path) -> No
     more = batch(8, RANKS[0], points=[points(RANKS[0], range(5000, 5010))])
     with contextlib.closing(writer):
         with contextlib.closing(sqlite3.connect(path)) as other:  # so that nothing is remembered
-            other.execute("PRAGMA user_version = 5")
+            other.execute(f"PRAGMA user_version = {schema.VERSION}")
         with contextlib.suppress(StoreError):
             writer.write(more)
         writer.write(more)

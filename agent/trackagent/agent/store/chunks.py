@@ -56,7 +56,8 @@ class ChunkDamaged(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A row of `chunks`: points [start, start + n) of a stream with `keys` keys; block None: in `columns`."""
+    """A row of `chunks`: points [start, start + n) of a stream with `keys` keys; block None: in `columns`.
+    bounds: least and greatest step, None where they are not known."""
 
     id: int
     start: int
@@ -65,6 +66,7 @@ class Chunk:
     increasing: bool
     keys: int
     block: bytes | None
+    bounds: tuple[int, int] | None = None
 
     @property
     def packed(self) -> bool:
@@ -93,18 +95,33 @@ def chunks_of(
     first: int = 0,
     levels: range = range(DAMAGED, FULL + 1),
     limit: int = -1,
+    within: tuple[int, int] | None = None,
 ) -> list[Chunk]:
-    """The chunks of a stream that hold its points from `first` on, in order."""
+    """The chunks of a stream that hold its points from `first` on, in order. within: only those that may hold
+    a step from the one to the other."""
+    bounded = "" if within is None else _WITHIN
     # CAST: a blob that damage turned into text would not come through as bytes.
     rows = connection.execute(
-        "SELECT id, start, n, level, increasing, CAST(data AS BLOB) FROM chunks"
-        " WHERE stream = ? AND start + n > ? AND level >= ? AND level < ? ORDER BY start LIMIT ?",
-        (stream, first, levels.start, levels.stop, limit),
+        "SELECT id, start, n, level, increasing, CAST(data AS BLOB), first_step, last_step FROM chunks"
+        f" WHERE stream = ? AND start + n > ? AND level >= ? AND level < ?{bounded} ORDER BY start LIMIT ?",
+        (stream, first, levels.start, levels.stop, *(within or ()), limit),
     )
     return [
-        Chunk(id_, start, n, level, bool(increasing), keys, data)
-        for id_, start, n, level, increasing, data in rows
+        Chunk(
+            id_,
+            start,
+            n,
+            level,
+            bool(increasing),
+            keys,
+            data,
+            None if least is None or most is None else (least, most),
+        )
+        for id_, start, n, level, increasing, data, least, most in rows
     ]
+
+
+_WITHIN = " AND coalesce(last_step >= ?, 1) AND coalesce(first_step <= ?, 1)"
 
 
 def read_ints(connection: sqlite3.Connection, chunk: Chunk, position: int) -> Ints:
@@ -279,9 +296,20 @@ def _insert_block(
     rows: Ints,
     block: bytes | None,
 ) -> int:
+    steps = rows[STEPS]
     cursor = connection.execute(
-        "INSERT INTO chunks (stream, start, n, level, increasing, data) VALUES (?, ?, ?, ?, ?, ?)",
-        (stream, start, rows.shape[1], level, rises(rows[STEPS]), block),
+        "INSERT INTO chunks (stream, start, n, level, increasing, data, first_step, last_step)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            stream,
+            start,
+            len(steps),
+            level,
+            rises(steps),
+            block,
+            int(steps.min()),
+            int(steps.max()),
+        ),
     )
     assert cursor.lastrowid is not None
     return cursor.lastrowid

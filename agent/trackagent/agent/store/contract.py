@@ -282,7 +282,8 @@ class Buckets:
 
 @dataclass(frozen=True, slots=True)
 class ExportBlock:
-    """Points of one source for several keys as stored, attempts and repeated steps included."""
+    """Points of one source for several keys as stored, attempts and repeated steps included. rank -1 and
+    attempt 0: of a node or a GPU."""
 
     source: str
     rank: int
@@ -310,7 +311,14 @@ class Writer(Protocol):
 
 
 class Reader(Protocol):
-    """The side that people and pages use."""
+    """The side that people and pages use.
+
+    What agents sampled makes no run and changes none: it is in `samples_list`, `series`, `buckets`, `damage`,
+    and `export` where asked for. A run sees what was sampled of its own processes, and of the nodes where
+    its ranks were, from the second in which the first began there to the one in which the last ended. Events
+    of these nodes and times are the run's as well. Under `node_run_id`, all of a node's samples and events
+    are found, with steps as written.
+    """
 
     def runs(
         self, *, experiment: str | None = None, status: str | None = None, limit: int = 100
@@ -330,7 +338,7 @@ class Reader(Protocol):
     def losses(self, run_id: str) -> dict[str, int]: ...
 
     def all_losses(self) -> dict[str, int]:
-        """Those of all runs together."""
+        """Those of all runs together, and those of what was sampled."""
         ...
 
     def attempts(self, run_id: str) -> list[int]:
@@ -347,13 +355,24 @@ class Reader(Protocol):
         """Ordered by key, then by source (numbers in it as numbers)."""
         ...
 
-    def series(self, run_id: str, key: str, source: str) -> Series: ...
+    def samples_list(self, run_id: str) -> list[SeriesInfo]:
+        """The same of what was sampled, but for what a rank logged under the same key. Steps, here and
+        below: whole seconds since that in which the run began."""
+        ...
+
+    def series(self, run_id: str, key: str, source: str) -> Series:
+        """Logged or sampled. NotFound where there is none."""
+        ...
 
     def buckets(self, run_id: str, key: str, source: str, buckets: int) -> Buckets: ...
 
-    def export(self, run_id: str, *, skip: dict[str, int] | None = None) -> Iterator[ExportBlock]:
-        """Every stored point, in bounded memory. `skip` is a cursor that the call fills and a later
-        call takes to get only what arrived since (pass the same empty dict each time)."""
+    def export(
+        self, run_id: str, *, skip: dict[str, int] | None = None, samples: bool = False
+    ) -> Iterator[ExportBlock]:
+        """Every point that ranks logged; samples: every one that was sampled instead. In bounded memory.
+        `skip` is a cursor that the call fills and a later call takes to get only what arrived since (pass the
+        same empty dict each time, one for each of the two); samples that a run did not see then, since they
+        lay outside its time, are passed over for good."""
         ...
 
     def damage(self, run_id: str) -> list[str]:

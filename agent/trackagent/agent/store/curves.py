@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from trackagent.agent.store.chunks import rises
-from trackagent.agent.store.contract import Buckets, Floats, Ints, Series
+from trackagent.agent.store.contract import Buckets, Floats, Ints, Series, SeriesInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,58 @@ class Piece:
     steps: Ints
     times_ns: Ints
     values: Floats
+
+
+class Ends(NamedTuple):
+    """What a list needs of a stream: its keys, joined by newlines, and their float64 values at the last step,
+    which was at time_ns."""
+
+    source: str
+    keys: str
+    points: int
+    first_step: int
+    last_step: int
+    last_values: bytes
+    attempt: int
+    time_ns: int
+
+
+def as_infos(streams: Iterable[Ends]) -> list[SeriesInfo]:
+    """The series of these streams, in the order of `series_list`."""
+    split: dict[str, list[str]] = {}
+    found: dict[tuple[str, str], tuple[int, int, tuple[int, int, int], float]] = {}
+    for source, joined, points, first, last, last_values, attempt, time_ns in streams:
+        keys = split.get(joined)
+        if keys is None:
+            keys = split[joined] = joined.split("\n")
+        latest = (last, attempt, time_ns)
+        for key, value in zip(keys, np.frombuffer(last_values, "<f8").tolist(), strict=True):
+            known = found.get((key, source))
+            if known is None:
+                found[key, source] = (points, first, latest, value)
+                continue
+            found[key, source] = (
+                known[0] + points,
+                min(known[1], first),
+                max(known[2], latest),
+                value if latest >= known[2] else known[3],
+            )
+    sources = sorted({source for _, source in found}, key=_natural)
+    order = {source: at for at, source in enumerate(sources)}
+    return [
+        SeriesInfo(key, source, points, first, latest[0], value)
+        for (key, source), (points, first, latest, value) in sorted(
+            found.items(), key=lambda item: (item[0][0], order[item[0][1]])
+        )
+    ]
+
+
+def _natural(source: str) -> list[tuple[int, int, str]]:
+    """Orders `rank 2` before `rank 10`."""
+    return [
+        (0, int(part), "") if part.isdecimal() else (1, 0, part)
+        for part in re.split(r"(\d+)", source)
+    ]
 
 
 def as_series(key: str, source: str, pieces: list[Piece]) -> Series:

@@ -11,14 +11,14 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from trackagent.agent.store import chunks, curves, database
+from trackagent.agent.store import chunks, curves, database, views
 from trackagent.agent.store.contract import (
     Buckets,
     Event,
@@ -41,22 +41,9 @@ _NAMED_KEYS = 3
 _SUMMARY = ", ".join(
     "e.name" if field.name == "experiment" else f"r.{field.name}" for field in fields(RunSummary)
 )
-_RUNS = f"SELECT {_SUMMARY} FROM runs r JOIN experiments e ON e.id = r.experiment"
+# Runs in which nobody logs, such as those of nodes, are none.
+_RUNS = f"SELECT {_SUMMARY} FROM runs r JOIN experiments e ON e.id = r.experiment AND r.listed"
 _NEWEST_FIRST = " ORDER BY r.start_time_ns DESC, r.run_id DESC"
-
-
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    """A stream of a run with what is known of its producer."""
-
-    id: int
-    producer_id: bytes
-    keyset: int
-    keys: tuple[str, ...]
-    source: str
-    rank: int
-    attempt: int
-    points: int
 
 
 class SqliteReader:
@@ -118,7 +105,7 @@ class SqliteReader:
         with self._connected("read losses") as connection:
             rows = connection.execute(
                 "SELECT l.reason, sum(l.counted + l.more) FROM producers p JOIN losses l ON l.producer = p.id"
-                " WHERE p.run = ? GROUP BY l.reason ORDER BY l.reason",
+                " WHERE p.run = ? AND p.sampled = '' GROUP BY l.reason ORDER BY l.reason",
                 (self._row_of(connection, run_id),),
             )
             return dict(rows.fetchall())
@@ -133,7 +120,7 @@ class SqliteReader:
     def attempts(self, run_id: str) -> list[int]:
         with self._connected("list attempts") as connection:
             rows = connection.execute(
-                "SELECT DISTINCT attempt FROM producers WHERE run = ? ORDER BY attempt",
+                "SELECT DISTINCT attempt FROM producers WHERE run = ? AND sampled = '' ORDER BY attempt",
                 (self._row_of(connection, run_id),),
             )
             return [attempt for (attempt,) in rows]
@@ -150,27 +137,42 @@ class SqliteReader:
 
     def events(self, run_id: str, after: int = 0) -> list[Event]:
         with self._connected("read events") as connection:
-            rows = connection.execute(
-                "SELECT e.id, e.time_ns, e.level, s.source, e.step, e.message, e.data FROM events e"
-                " JOIN producers p ON p.id = e.producer JOIN sources s ON s.id = p.source"
-                " WHERE e.run = ? AND e.id > ? ORDER BY e.id",
-                (self._row_of(connection, run_id), after),
-            )
+            rows = [
+                row
+                for run, first_ns, last_ns in views.times(
+                    connection, self._row_of(connection, run_id)
+                )
+                for row in connection.execute(
+                    "SELECT e.id, e.time_ns, e.level, s.source, e.step, e.message, e.data FROM events e"
+                    " JOIN producers p ON p.id = e.producer JOIN sources s ON s.id = p.source"
+                    " WHERE e.run = ? AND e.id > ? AND e.time_ns BETWEEN ? AND ?",
+                    (run, after, first_ns, last_ns),
+                )
+            ]
             return [
                 Event(id_, time_ns, level, source, step, message, json.loads(data))
-                for id_, time_ns, level, source, step, message, data in rows
+                for id_, time_ns, level, source, step, message, data in sorted(rows)
             ]
 
     def series_list(self, run_id: str) -> list[SeriesInfo]:
         with self._connected("list series") as connection:
             rows = connection.execute(
-                "SELECT s.source, k.id, k.keys, t.points, t.first_step, t.last_step, t.last_values,"
+                "SELECT s.source, k.keys, t.points, t.first_step, t.last_step, t.last_values,"
                 " p.attempt, t.last_time_ns FROM producers p JOIN sources s ON s.id = p.source"
                 " JOIN streams t ON t.producer = p.id JOIN keysets k ON k.id = t.keyset"
-                " WHERE p.run = ? ORDER BY t.id",
+                " WHERE p.run = ? AND p.sampled = '' ORDER BY t.id",
                 (self._row_of(connection, run_id),),
-            ).fetchall()
-            return _as_infos(rows)
+            )
+            return curves.as_infos(curves.Ends(*row) for row in rows)
+
+    def samples_list(self, run_id: str) -> list[SeriesInfo]:
+        with self._connected("list samples") as connection:
+            run = self._row_of(connection, run_id)
+            ends = [views.ends_of(connection, stream) for stream in views.sampled(connection, run)]
+            found = curves.as_infos(one for one in ends if one is not None)
+            rows = connection.execute("SELECT source, keys FROM sources WHERE run = ?", (run,))
+            logged = {source: set(keys.split("\n")) for source, keys in rows}
+            return [one for one in found if one.key not in logged.get(one.source, ())]
 
     def series(self, run_id: str, key: str, source: str) -> Series:
         with self._connected("read a series") as connection:
@@ -181,10 +183,13 @@ class SqliteReader:
             pieces = self._pieces(connection, run_id, key, source, drawn=True)
         return curves.as_buckets(curves.as_series(key, source, pieces), buckets)
 
-    def export(self, run_id: str, *, skip: dict[str, int] | None = None) -> Iterator[ExportBlock]:
+    def export(
+        self, run_id: str, *, skip: dict[str, int] | None = None, samples: bool = False
+    ) -> Iterator[ExportBlock]:
         skip = {} if skip is None else skip
         with self._connected("export points") as connection:
-            streams = _streams(connection, "p.run = ?", (self._row_of(connection, run_id),))
+            run = self._row_of(connection, run_id)
+            streams = (views.sampled if samples else views.logged)(connection, run)
         # The streams as they are now bound what is given out, so that it is whole batches.
         for stream in streams:
             cursor = f"{stream.producer_id.hex()}/{stream.keyset}"
@@ -193,22 +198,25 @@ class SqliteReader:
             for chunk, (keys, rows) in read:
                 part = slice(max(0, at - chunk.start), min(chunk.n, stream.points - chunk.start))
                 at = skip[cursor] = chunk.start + part.stop
-                if not keys:
+                new = rows[:, part]
+                new = new[:, stream.seen(new[chunks.STEPS])]
+                if not keys or not new.shape[1]:
                     continue
                 yield ExportBlock(
                     stream.source,
                     stream.rank,
                     stream.attempt,
                     tuple(stream.keys[key] for key in keys),
-                    rows[chunks.STEPS, part],
-                    rows[chunks.TIMES, part],
-                    rows[chunks.FIRST_KEY :, part].view(np.float64),
+                    new[chunks.STEPS] - stream.zero,
+                    new[chunks.TIMES],
+                    new[chunks.FIRST_KEY :].view(np.float64),
                 )
             skip[cursor] = stream.points
 
     def damage(self, run_id: str) -> list[str]:
         with self._connected("check points") as connection:
-            streams = _streams(connection, "p.run = ?", (self._row_of(connection, run_id),))
+            run = self._row_of(connection, run_id)
+            streams = [*views.logged(connection, run), *views.sampled(connection, run)]
         return [
             text
             for stream in streams
@@ -268,7 +276,7 @@ class SqliteReader:
     def _each_chunk(
         self,
         operation: str,
-        stream: _Stream,
+        stream: views.Stream,
         at: int,
         read: Callable[[sqlite3.Connection, chunks.Chunk], _T],
     ) -> Iterator[tuple[chunks.Chunk, _T]]:
@@ -279,7 +287,14 @@ class SqliteReader:
         """
         while at < stream.points:
             with self._connected(operation) as connection:
-                found = chunks.chunks_of(connection, stream.id, len(stream.keys), first=at, limit=1)
+                found = chunks.chunks_of(
+                    connection,
+                    stream.id,
+                    len(stream.keys),
+                    first=at,
+                    limit=1,
+                    within=stream.within,
+                )
                 if not found or found[0].start >= stream.points:
                     return
                 result = read(connection, found[0])
@@ -298,13 +313,12 @@ class SqliteReader:
         """The stored points of a series in order of arrival, without what is damaged. drawn: times are left
         out where they decide nothing, that is where one stream has steps that rise throughout."""
         run = self._row_of(connection, run_id)
-        streams = [
-            stream
-            for stream in _streams(connection, "s.run = ? AND s.source = ?", (run, source))
-            if key in stream.keys
-        ]
+        streams = [one for one in views.logged(connection, run, source) if key in one.keys]
         if not streams:
-            raise NotFound(f"run {run_id} has no series {key!r} of {source}")
+            streams = [one for one in views.sampled(connection, run, source) if key in one.keys]
+            if not streams:
+                raise NotFound(f"run {run_id} has no series {key!r} of {source}")
+            return [piece for one in streams for piece in views.pieces(connection, one, key)]
         pieces = []
         for stream in streams:
             position = stream.keys.index(key)
@@ -344,29 +358,13 @@ def _listed(found: list[RunSummary]) -> str:
     return ", ".join(f"{run.run_id} ({run.name})" for run in found)
 
 
-def _streams(
-    connection: sqlite3.Connection, where: str, values: tuple[str | int, ...]
-) -> list[_Stream]:
-    rows = connection.execute(
-        "SELECT t.id, p.producer_id, k.id, k.keys, s.source, p.rank, p.attempt, t.points FROM producers p"
-        " JOIN sources s ON s.id = p.source JOIN streams t ON t.producer = p.id"
-        f" JOIN keysets k ON k.id = t.keyset WHERE {where}"
-        " ORDER BY p.attempt, p.rank, p.start_time_ns, t.id",
-        values,
-    )
-    return [
-        _Stream(id_, producer, keyset, tuple(keys.split("\n")), *rest)
-        for id_, producer, keyset, keys, *rest in rows
-    ]
-
-
 def _rising(parts: list[tuple[chunks.Chunk, Ints]]) -> bool:
     if not all(part.increasing for part, _ in parts):
         return False
     return all(before[-1] < after[0] for (_, before), (_, after) in pairwise(parts))
 
 
-def _described(stream: _Stream, chunk: chunks.Chunk, damaged: dict[int, str]) -> list[str]:
+def _described(stream: views.Stream, chunk: chunks.Chunk, damaged: dict[int, str]) -> list[str]:
     """A line for each reason why keys of a chunk cannot be read."""
     by_reason: dict[str, list[str]] = {}
     for key, reason in damaged.items():
@@ -380,42 +378,3 @@ def _described(stream: _Stream, chunk: chunks.Chunk, damaged: dict[int, str]) ->
             f"{points} of {named} of {stream.source} after the first {chunk.start}: {reason}"
         )
     return lines
-
-
-def _as_infos(
-    rows: list[tuple[str, int, str, int, int, int, bytes, int, int]],
-) -> list[SeriesInfo]:
-    split: dict[int, list[str]] = {}
-    found: dict[tuple[str, str], tuple[int, int, tuple[int, int, int], float]] = {}
-    for source, keyset, joined, points, first, last, last_values, attempt, time_ns in rows:
-        keys = split.get(keyset)
-        if keys is None:
-            keys = split[keyset] = joined.split("\n")
-        latest = (last, attempt, time_ns)
-        for key, value in zip(keys, np.frombuffer(last_values, "<f8").tolist(), strict=True):
-            known = found.get((key, source))
-            if known is None:
-                found[key, source] = (points, first, latest, value)
-                continue
-            found[key, source] = (
-                known[0] + points,
-                min(known[1], first),
-                max(known[2], latest),
-                value if latest >= known[2] else known[3],
-            )
-    sources = sorted({source for _, source in found}, key=_natural)
-    order = {source: at for at, source in enumerate(sources)}
-    return [
-        SeriesInfo(key, source, points, first, latest[0], value)
-        for (key, source), (points, first, latest, value) in sorted(
-            found.items(), key=lambda item: (item[0][0], order[item[0][1]])
-        )
-    ]
-
-
-def _natural(source: str) -> list[tuple[int, int, str]]:
-    """Orders `rank 2` before `rank 10`."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part)
-        for part in re.split(r"(\d+)", source)
-    ]

@@ -29,11 +29,12 @@ def recount(
     for each part of a stream that is not there.
     """
     streams = connection.execute(
-        "SELECT s.id, s.points, length(s.last_values) AS size, p.id, p.run, p.source, c.source, k.keys"
+        "SELECT s.id, s.points, length(s.last_values) AS size, p.id, p.run, p.source, p.sampled, c.source,"
+        " k.keys"
         " FROM streams s LEFT JOIN keysets k ON k.id = s.keyset"
         " LEFT JOIN producers p ON p.id = s.producer LEFT JOIN sources c ON c.id = p.source"
     ).fetchall()
-    for stream, counted, size, producer, run, source_id, source, joined in streams:
+    for stream, counted, size, producer, run, source_id, sampled, source, joined in streams:
         if producer is None or joined is None:
             if producer is None:
                 others.append(f"{counted} points: who logged them is not known any more")
@@ -59,9 +60,10 @@ def recount(
         if gone > 0:
             lines.append(f"{gone} points of {_named(keys)} of {source}")
             runs.add_loss(connection, producer, Loss(b"", LOST, gone, more=True))
-            connection.execute(
-                "UPDATE runs SET lost_records = lost_records + ? WHERE id = ?", (gone, run)
-            )
+            if not sampled:
+                connection.execute(
+                    "UPDATE runs SET lost_records = lost_records + ? WHERE id = ?", (gone, run)
+                )
         if lines:
             missing[run] += lines
     for table, number in rebuilt:
@@ -128,7 +130,7 @@ def _compute_stream(
 def _compute_keys(connection: sqlite3.Connection, source: int) -> None:
     rows = connection.execute(
         "SELECT k.keys FROM producers p JOIN streams s ON s.producer = p.id"
-        " JOIN keysets k ON k.id = s.keyset WHERE p.source = ? ORDER BY s.id",
+        " JOIN keysets k ON k.id = s.keyset WHERE p.source = ? AND p.sampled = '' ORDER BY s.id",
         (source,),
     )
     keys = dict.fromkeys(key for (joined,) in rows for key in joined.split("\n"))
@@ -140,14 +142,15 @@ def _compute_run(connection: sqlite3.Connection, run: int) -> None:
     series = sum(keys.count("\n") + 1 for (keys,) in sources if keys)
     streams = connection.execute(
         "SELECT s.points, k.keys FROM producers p JOIN streams s ON s.producer = p.id"
-        " JOIN keysets k ON k.id = s.keyset WHERE p.run = ?",
+        " JOIN keysets k ON k.id = s.keyset WHERE p.run = ? AND p.sampled = ''",
         (run,),
     )
     points = sum(count * (keys.count("\n") + 1) for count, keys in streams)
     connection.execute(
         "UPDATE runs SET series = ?, points = ?, records_stored = (SELECT coalesce(sum(records), 0)"
-        " FROM producers WHERE run = runs.id), lost_records = (SELECT coalesce(sum(counted + more), 0)"
-        " FROM losses l JOIN producers p ON p.id = l.producer WHERE p.run = runs.id) WHERE id = ?",
+        " FROM producers WHERE run = runs.id AND sampled = ''),"
+        " lost_records = (SELECT coalesce(sum(counted + more), 0) FROM losses l"
+        " JOIN producers p ON p.id = l.producer WHERE p.run = runs.id AND p.sampled = '') WHERE id = ?",
         (series, points, run),
     )
     runs.settle(connection, run)

@@ -32,7 +32,7 @@ from trackagent.agent.store import schema
 Row = dict[str, Any]
 
 # Columns that older rows lack.
-_ADDED_LATER = {"producers": 2, "losses": 1}
+_ADDED_LATER = {"producers": 3, "losses": 1, "runs": 1}
 _TABLE_INTERIOR = 0x05
 _CHILD = 5  # in the pointer map
 _DEEPEST = 32
@@ -115,7 +115,7 @@ class Remains(Pages):
 
     def _read_schema(self) -> None:
         """Roots and columns: what the file says, and where it says nothing, what a current one would."""
-        scratch = sqlite3.connect(":memory:")
+        statements: list[str] = []
         for number in range(1, self.total + 1):
             if number == 1 or self._root_of(number) == 1:
                 data = self.page(number)
@@ -129,9 +129,13 @@ class Remains(Pages):
                     if values[1] not in self._known:
                         continue
                     self.roots[values[3]] = str(values[1])
-                    with contextlib.suppress(sqlite3.Error, sqlite3.Warning):
-                        if isinstance(values[4], str):
-                            scratch.execute(values[4])
+                    if isinstance(values[4], str):
+                        statements.append(values[4])
+        scratch = sqlite3.connect(":memory:")
+        # Tables first: pages come in any order, and an index is none without its table.
+        for statement in sorted(statements, key=lambda one: not one.startswith("CREATE TABLE")):
+            with contextlib.suppress(sqlite3.Error, sqlite3.Warning):
+                scratch.execute(statement)
         self.names = {name: names for _, name, _, names in _described(scratch)}
         for name, (names, root) in self._known.items():
             if name not in self.roots.values() and root not in self.roots:

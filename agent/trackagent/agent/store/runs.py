@@ -73,7 +73,10 @@ def applied_is_known(connection: sqlite3.Connection) -> None:
 
 
 def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | None:
-    """Adds a producer with its run and source; returns the run, None when it was there before."""
+    """Adds a producer with its run and source; returns the run, None when it was there before.
+
+    A run in which nobody logs is not listed; the first who does makes it what it is (`settle`).
+    """
     known = connection.execute("SELECT 1 FROM producers WHERE producer_id = ?", (info.producer_id,))
     if known.fetchone():
         return None
@@ -82,17 +85,18 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
         connection,
         "runs",
         also={
-            "name": info.run_name,
+            "name": "" if info.sampled else info.run_name,
             "experiment": experiment,
-            "start_time_ns": info.start_time_ns,
+            "start_time_ns": 0 if info.sampled else info.start_time_ns,
+            "listed": not info.sampled,
         },
         run_id=info.run_id,
     )
     source = _id_of(connection, "sources", also={"keys": ""}, run=run, source=info.source)
     connection.execute(
         "INSERT INTO producers (producer_id, run, source, attempt, rank, local_rank, world_size,"
-        " node, pid, start_time_ns, experiment, run_name, forked, job_time_ns, said_attempt)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " node, pid, start_time_ns, experiment, run_name, forked, job_time_ns, said_attempt, sampled)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             info.producer_id,
             run,
@@ -109,6 +113,7 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
             info.forked,
             info.job_time_ns,
             info.attempt,
+            info.sampled,
         ),
     )
     _number_attempts(connection, run)
@@ -117,19 +122,22 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
 
 def _number_attempts(connection: sqlite3.Connection, run: int) -> None:
     """Counts the run's attempts over the jobs that continued it, in order of when each job first began it;
-    a job's own number stays where it can. Producers may come in any order."""
+    a job's own number stays where it can. Producers may come in any order. Samples of an attempt get its
+    number, and have no say in it."""
     said = connection.execute(
-        "SELECT job_time_ns, said_attempt, min(start_time_ns), attempt FROM producers WHERE run = ?"
-        " GROUP BY job_time_ns, said_attempt, attempt",
+        "SELECT job_time_ns, said_attempt, min(start_time_ns), attempt, sampled <> '' FROM producers"
+        " WHERE run = ? GROUP BY job_time_ns, said_attempt, attempt, sampled <> ''",
         (run,),
     ).fetchall()
-    numbers = attempt_numbers((job, attempt, start_ns) for job, attempt, start_ns, _ in said)
+    numbers = attempt_numbers(
+        (job, attempt, start_ns) for job, attempt, start_ns, _, sampled in said if not sampled
+    )
     connection.executemany(
         "UPDATE producers SET attempt = ? WHERE run = ? AND job_time_ns = ? AND said_attempt = ?",
         [
             (numbers[job, attempt], run, job, attempt)
-            for job, attempt, _, number in said
-            if numbers[job, attempt] != number
+            for job, attempt, _, number, _ in said
+            if numbers.get((job, attempt), number) != number
         ],
     )
 
@@ -270,13 +278,19 @@ def add_gap(connection: sqlite3.Connection, producer: int, gap: Gap) -> None:
 
 
 def settle(connection: sqlite3.Connection, run: int) -> None:
-    """Derives what RunSummary says about attempts, ranks and how they ended from the run's producers.
+    """Derives what RunSummary says about attempts, ranks and how they ended from the run's producers, those
+    that sample left out, and whether it is listed.
 
     Name and experiment are those that the lowest rank of the last attempt gave.
     """
     connection.execute(
+        "UPDATE runs SET listed = EXISTS (SELECT 1 FROM producers WHERE run = :run AND sampled = '')"
+        " WHERE id = :run AND EXISTS (SELECT 1 FROM producers WHERE run = :run)",
+        {"run": run},
+    )
+    connection.execute(
         """
-        WITH every AS (SELECT * FROM producers WHERE run = :run),
+        WITH every AS (SELECT * FROM producers WHERE run = :run AND sampled = ''),
           latest AS (SELECT * FROM every WHERE attempt = (SELECT max(attempt) FROM every)),
           leading AS (SELECT * FROM latest ORDER BY forked, rank, start_time_ns, producer_id LIMIT 1),
           ranks AS (SELECT * FROM latest WHERE NOT forked),
@@ -301,7 +315,7 @@ def settle(connection: sqlite3.Connection, run: int) -> None:
           records_logged = (SELECT CASE WHEN sum(NOT forked) > 0 AND sum(NOT forked AND NOT said) = 0
             THEN sum(CASE WHEN said THEN logged ELSE records END) END
             FROM (SELECT *, coalesce(logged, -1) >= 0 AS said FROM every))
-        WHERE id = :run
+        WHERE id = :run AND EXISTS (SELECT 1 FROM every)
         """,
         {"run": run},
     )

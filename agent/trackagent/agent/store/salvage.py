@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trackagent.agent.pages import Cell
-from trackagent.agent.store import chunks, runs, schema
+from trackagent.agent.store import chunks, runs, schema, views
 from trackagent.agent.store.columns import HEAD
 from trackagent.agent.store.contract import EventData
 from trackagent.agent.store.recount import recount
@@ -172,6 +172,8 @@ def _complete(found: _Rows, rebuilt: set[tuple[str, int]], report: Report) -> No
                 "world_size": rank[0] + 1,
                 "said_attempt": row.get("attempt", 1),
             }
+            if not str(source).startswith("rank "):  # of a node: nobody logs there
+                known["sampled"] = source
             found[table][number] = {**_UNKNOWN_PRODUCER, **known, **row}
         elif table == "sources":
             row.setdefault("keys", "")
@@ -210,6 +212,7 @@ _UNKNOWN_PRODUCER: Row = {
     "node": "",
     "run_name": "",
     "records": 0,
+    "sampled": "",
 }
 
 
@@ -304,7 +307,7 @@ def _tell(connection: sqlite3.Connection, report: Report, reason: str) -> None:
     """An event in each run that has lost something; what may be of any is told in all, or, where they are
     many, in those that go on."""
     if report.others:
-        rows = connection.execute("SELECT id, status FROM runs").fetchall()
+        rows = connection.execute("SELECT id, status FROM runs WHERE listed").fetchall()
         for run, status in rows:
             if len(rows) <= _MANY_RUNS or status == "running":
                 report.runs[run] += report.others
@@ -314,4 +317,8 @@ def _tell(connection: sqlite3.Connection, report: Report, reason: str) -> None:
             continue
         more = f" and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         message = f"the store was damaged ({reason}), and this is missing: {'; '.join(lines[:_SHOWN])}{more}"
-        runs.add_event(connection, run, found[0], EventData(b"", time.time_ns(), "error", message))
+        event = EventData(b"", time.time_ns(), "error", message)
+        # What was sampled on a node is missing in the runs that were there.
+        seen_by = views.seen_by(connection, run)
+        for one in seen_by if len(seen_by) <= _MANY_RUNS else [run]:
+            runs.add_event(connection, one, found[0], event)

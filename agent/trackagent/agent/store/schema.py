@@ -6,16 +6,18 @@ MARK); version n comes from n-1 by MIGRATIONS[n-1]. Rows are few: what grows wit
 counted.
 
 experiments  one a name
-runs         one a run, all that RunSummary shows
-sources      one a source of a run; keys: all keys it logged, joined by newlines
+runs         one a run, all that RunSummary shows. listed: 0 where nobody has logged, such as the run of what
+             is sampled on a node
+sources      one a source of a run; keys: all keys it logged, joined by newlines, without what was sampled
 producers    one a producer; end_status NULL while it has not ended. attempt: the run's count, made of
-             (job_time_ns, said_attempt) by runs.py
+             (job_time_ns, said_attempt) by runs.py. sampled: '' where it logs
 keysets      one a tuple of keys that were logged together, by digest; keys joined by newlines
 streams      one a (producer, keyset): what these logged, in order of arrival. first_step and last_step are
              least and greatest, last_values the float64 values at (last_step, last_time_ns). fresh: chunks
              since the last look of the compaction; due: 1 look again, 2 the producer has ended, merge all
 chunks       points [start, start + n) of a stream; data: a block with all columns (chunks.py), NULL when
-             they lie in `columns`. increasing: steps rise strictly. level: see compaction.py, -1 when damaged
+             they lie in `columns`. increasing: steps rise strictly; first_step and last_step: the least and
+             the greatest, NULL where they are not known. level: see compaction.py, -1 when damaged
 columns      id = chunk * 16384 + position; position 0 the steps, 1 the times, 2 + i the i-th key
 losses       one a (producer, reason); counted: largest count from the beginning, more: additions to it
 gaps         one a (producer, reason, first_time_ns): log calls refused in a row
@@ -80,6 +82,7 @@ TWICE = {
         "end_time_ns",
         "end_error",
         "logged",
+        "sampled",
         "producer_id",
         "run",
         "source",
@@ -330,8 +333,22 @@ def _version_4(database: Database) -> None:
 
 
 def _version_5(database: Database) -> None:
-    for table, columns in TWICE.items():
-        database.execute(f"CREATE INDEX copy_of_{table} ON {table} ({', '.join(columns)})")
+    for table in TWICE:
+        if table != "producers":  # which gets another column
+            _copy(database, table)
+
+
+def _version_6(database: Database) -> None:
+    database.table("producers").add_column("sampled", str, not_null_default="")
+    database.table("runs").add_column("listed", int, not_null_default=1)
+    for bound in ("first_step", "last_step"):
+        database.table("chunks").add_column(bound, int)
+    database.execute("DROP INDEX IF EXISTS copy_of_producers")
+    _copy(database, "producers")
+
+
+def _copy(database: Database, table: str) -> None:
+    database.execute(f"CREATE INDEX copy_of_{table} ON {table} ({', '.join(TWICE[table])})")
 
 
 MIGRATIONS: tuple[Callable[[Database], None], ...] = (
@@ -340,7 +357,8 @@ MIGRATIONS: tuple[Callable[[Database], None], ...] = (
     _version_3,
     _version_4,
     _version_5,
+    _version_6,
 )
 VERSION = len(MIGRATIONS)
 # What `shape_of` says of a store of this version.
-SHAPE = "c0f0132c237e254f"
+SHAPE = "9abff0cddf63c0e4"

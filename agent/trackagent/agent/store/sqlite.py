@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trackagent.agent.store import chunks, compaction, database, runs
+from trackagent.agent.store import chunks, compaction, database, runs, views
 from trackagent.agent.store.contract import (
     Batch,
     EventData,
@@ -230,6 +230,8 @@ class SqliteWriter:
             connection.execute(
                 "UPDATE producers SET records = records + ? WHERE id = ?", (records, producer.id)
             )
+            if producer.sampled:
+                continue
             _add(figures, producer.run, records=records)
             if producer.forked:  # what it stored may count as logged
                 changed.add(producer.run)
@@ -247,7 +249,8 @@ class SqliteWriter:
             changed.add(producer.run)
         for loss in batch.losses:
             producer = self._producer(connection, loss.producer_id)
-            _add(figures, producer.run, lost=runs.add_loss(connection, producer.id, loss))
+            lost = runs.add_loss(connection, producer.id, loss)
+            _add(figures, producer.run, lost=0 if producer.sampled else lost)
         for gap in batch.gaps:
             runs.add_gap(connection, self._producer(connection, gap.producer_id).id, gap)
         connection.executemany(
@@ -285,7 +288,7 @@ class SqliteWriter:
         if known is not None:
             return known
         row = connection.execute(
-            "SELECT p.id, p.run, p.source, s.source, p.forked FROM producers p"
+            "SELECT p.id, p.run, p.source, s.source, p.forked, p.sampled FROM producers p"
             " JOIN sources s ON s.id = p.source WHERE p.producer_id = ?",
             (producer_id,),
         ).fetchone()
@@ -377,16 +380,20 @@ def _add(
 
 def _set_aside(connection: sqlite3.Connection, stream: int, damage: chunks.ChunkDamaged) -> None:
     row = connection.execute(
-        "SELECT p.run, p.id, c.start, c.n FROM chunks c JOIN streams s ON s.id = c.stream"
-        " JOIN producers p ON p.id = s.producer WHERE c.id = ? AND s.id = ?",
+        "SELECT p.run, p.id, c.start, c.n, c.first_step, c.last_step FROM chunks c"
+        " JOIN streams s ON s.id = c.stream JOIN producers p ON p.id = s.producer"
+        " WHERE c.id = ? AND s.id = ?",
         (damage.chunk, stream),
     ).fetchone()
     if row is None:  # another process has merged it meanwhile
         return
-    run, producer, start, n = row
+    run, producer, start, n, *steps = row
     connection.execute("UPDATE chunks SET level = ? WHERE id = ?", (chunks.DAMAGED, damage.chunk))
     message = (
         f"{n} points after the first {start} were set aside, unreadable in part or whole: {damage}"
     )
     event = EventData(b"", time.time_ns(), "error", message, data={"stream": stream, "points": n})
-    runs.add_event(connection, run, producer, event)
+    # What was sampled on a node is missing in the runs that were there.
+    bounds = None if None in steps else (steps[0], steps[1])
+    for one in views.seen_by(connection, run, bounds):
+        runs.add_event(connection, one, producer, event)

@@ -36,6 +36,7 @@ class Producer:
     source: int
     name: str  # of the source
     forked: int
+    sampled: str
 
 
 @dataclass(slots=True)
@@ -67,7 +68,8 @@ class Streams:
     def append(
         self, connection: sqlite3.Connection, producer: Producer, group: list[Points]
     ) -> tuple[int, int]:
-        """Stores the points of one producer and one tuple of keys; returns (points, new series).
+        """Stores the points of one producer and one tuple of keys; returns (points, new series), both 0 for
+        samples.
 
         Raises Rejected for arrays that do not fit together.
         """
@@ -102,7 +104,7 @@ class Streams:
                 stream.id,
             ),
         )
-        return len(steps) * len(keys), new_series
+        return (0 if producer.sampled else len(steps) * len(keys)), new_series
 
     def _keyset(self, connection: sqlite3.Connection, keys: tuple[str, ...]) -> int:
         known = self._keysets.get(keys)
@@ -148,7 +150,8 @@ class Streams:
                 "INSERT INTO streams (producer, keyset) VALUES (?, ?)", (producer.id, keyset)
             )
             stream = _Stream(_inserted(cursor), 0, 0, 0, 0, b"")
-            new_series = self._new_keys(connection, producer.source, keys)
+            if not producer.sampled:
+                new_series = self._new_keys(connection, producer.source, keys)
         _remember(self._streams, (producer.id, keyset), stream)
         self._bytes += 8 * len(keys)
         return stream, new_series
