@@ -82,7 +82,11 @@ class Folders(NamedTuple):
             for name, value in os.environ.items()
             if not name.startswith("TRACKAGENT_") and name not in LAUNCHER_VARIABLES
         }
-        return kept | {"TRACKAGENT_DIR": str(self.directory), "TRACKAGENT_STATE": str(self.state)}
+        return kept | {
+            "TRACKAGENT_DIR": str(self.directory),
+            "TRACKAGENT_STATE": str(self.state),
+            "TRACKAGENT_COLLECT": "none",  # what a node is doing is no part of most tests
+        }
 
     @property
     def socket(self) -> Path:

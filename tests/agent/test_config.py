@@ -178,8 +178,8 @@ def test_the_sample_shows_the_defaults(tmp_path: Path, environ: dict[str, str]) 
     path = written(tmp_path, uncommented(SAMPLE.read_text()))
     shown, _ = load({}, environ, path)
     defaults, _ = load({}, environ)
-    # Paths differ from user to user, and the default of group is none.
-    mine = {"directory", "state_directory", "group"}
+    # Paths differ from user to user, names from host to host, and the default of group is none.
+    mine = {"directory", "state_directory", "node", "group"}
     assert {n: getattr(shown, n) for n in FIELDS if n not in mine} == {
         n: getattr(defaults, n) for n in FIELDS if n not in mine
     }

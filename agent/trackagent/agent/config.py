@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from trackagent.agent.collect.table import ALL, intervals
 from trackagent.agent.errors import ConfigError
 from trackagent.client.config import (
     MAX_SOCKET_PATH_BYTES,
@@ -25,6 +27,7 @@ from trackagent.client.config import (
     read_config_file,
 )
 from trackagent.client.errors import ConfigError as ClientConfigError
+from trackagent.client.identity import node_name
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SPOOL_NAME = "spool.db"
@@ -34,6 +37,7 @@ DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME)
 LOCK_NAME = "agent.lock"
 DEAD_LETTERS_NAME = "dead-letters"
 QUARANTINE_NAME = "quarantine"
+NODE_NAME = re.compile(r"[!-~]{1,253}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,16 @@ class AgentConfig:
     gone_after_s: float = 3600.0
     """How long a rank that has not ended may have neither connection nor journal; then it is killed."""
 
+    node: str = ""
+    """The name of this node, the one that its ranks log under: the host's."""
+
+    collect: str = ALL
+    """What is sampled: all, none, or collectors with commas between, an interval of their own behind them:
+    `system,gpu=5`."""
+
+    sample_interval_s: float = 1.0
+    """How often."""
+
     log_level: str = "info"
     """How much the agent says: debug, info, warning or error."""
 
@@ -102,6 +116,7 @@ class AgentConfig:
             ("deliver_interval_s", 0.001, 3_600),
             ("gone_after_s", 1, 365 * 86_400),
             ("drain_timeout_s", 0, 86_400),
+            ("sample_interval_s", 1, 3_600),
         ):
             # Written so that NaN is refused too.
             if not low <= getattr(self, name) <= high:
@@ -118,6 +133,14 @@ class AgentConfig:
             )
         if self.group == "":
             raise ConfigError("group is empty: give the name of a unix group")
+        if self.node and not NODE_NAME.fullmatch(self.node):
+            raise ConfigError(
+                f"node is {self.node!r:.300}: give 1 to 253 visible ASCII characters without blanks"
+            )
+        try:
+            intervals(self.collect, self.sample_interval_s)
+        except ValueError as error:
+            raise ConfigError(f"collect is {self.collect!r:.300}: {error}") from None
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}: give {', '.join(LOG_LEVELS)}")
 
@@ -168,6 +191,7 @@ def load(
     ConfigError names the flag, variable or key that is wrong."""
     values: dict[str, Any] = {
         "directory": default_directory(_without(environ, "TRACKAGENT_DIR")),
+        "node": node_name(environ),
     }
     nowhere = ""
     try:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sqlite3
 import stat
 import time
@@ -21,6 +22,11 @@ from pathlib import Path
 import trackagent.agent.store as store
 from trackagent.agent import server
 from trackagent.agent.access import Access
+from trackagent.agent.active import Active
+from trackagent.agent.collect.contract import Here
+from trackagent.agent.collect.recorder import Recorder
+from trackagent.agent.collect.sampler import Sampler
+from trackagent.agent.collect.table import intervals
 from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL_NAME, AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
@@ -232,6 +238,7 @@ async def _serve(
         connected=servicer.is_connected,
         gone_after_s=config.gone_after_s,
     )
+    sampler = _sampler(config, spool, access)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup has it ignored: the agent outlives its terminal then.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -251,6 +258,7 @@ async def _serve(
     _open_to_group(config)
     pipeline.start()
     orphans.start()
+    sampler.start()
     trimming = asyncio.create_task(_trim(quarantine))
     logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
     logger.info("runs are stored in %s", config.store_path)
@@ -266,6 +274,7 @@ async def _serve(
         config.socket_path.unlink(missing_ok=True)
     if access is not None:
         await access.gate.stop()
+    await asyncio.to_thread(sampler.stop)
     await asyncio.to_thread(orphans.stop)
     # Who begins anew does not let the ranks wait for a sink.
     drain_s = config.drain_timeout_s if missing is None else 0.0
@@ -279,6 +288,17 @@ async def _serve(
     else:
         logger.info("stopped; everything received is stored")
     return False
+
+
+def _sampler(config: AgentConfig, spool: Spool, access: Access | None) -> Sampler:
+    active = Active(spool)
+    node = config.node or socket.gethostname()
+    return Sampler(
+        intervals(config.collect, config.sample_interval_s),
+        Here(ranks=active.ranks, folders=(config.directory, config.state_directory)),
+        active,
+        Recorder(spool, node, claim=None if access is None else access.claim_own),
+    )
 
 
 async def _gone(stop: asyncio.Event, locks: Sequence[Lock], own: Sequence[OwnFile]) -> Path | None:

@@ -52,6 +52,16 @@ def died(info: ProducerInfo, last: LastRecord, oom_kills: int | None) -> bytes:
     return _encoded((Kind.EVENT, event))
 
 
+def event(level: str, message: str, data: Mapping[str, object]) -> bytes:
+    """Something that was seen on the node of a run."""
+    return _encoded((Kind.EVENT, {**data, "level": level, "message": message}))
+
+
+def lost_samples(records: Mapping[str, int]) -> bytes:
+    """By reason, how many samples could not be kept."""
+    return _encoded((Kind.LOSS, records))
+
+
 def killed() -> bytes:
     """The end of a producer that did not say how it ended."""
     return _encoded(_killed("the process ended without finish()"))

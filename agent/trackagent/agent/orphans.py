@@ -164,7 +164,8 @@ class Orphans(threading.Thread):
             self._gone = {
                 id_: self._gone.get(id_, now)
                 for id_ in infos
-                if id_.hex() not in names and not self._connected(id_)
+                # What the agent itself samples has neither; who samples ends it.
+                if not infos[id_].sampled and id_.hex() not in names and not self._connected(id_)
             }
             for id_, since in self._gone.items():
                 if now - since >= self._gone_after_s:

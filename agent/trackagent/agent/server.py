@@ -172,6 +172,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         try:
             info = _producer_info(request.producer)
             held = _offsets(request.held)
+            if info.sampled:
+                raise producers.BadIdentity("sampled is set: only an agent samples")
         except producers.BadIdentity as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if self._access is not None:
@@ -315,7 +317,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             setattr(response.spool, name, statistics[name])
         for sink in statistics["sinks"]:
             response.sinks.add(**sink)
-        for producer in statistics["producers"][:1000]:
+        ranks = [one for one in statistics["producers"] if not one["info"].sampled]
+        for producer in ranks[:1000]:
             info: ProducerInfo = producer["info"]
             response.producers.add(
                 producer=agent_pb2.Producer(

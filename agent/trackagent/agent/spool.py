@@ -121,6 +121,7 @@ class Spool:
         self._schemas_bytes = 0
         self._changed = threading.Condition()
         self._wakes = 0
+        self._comings = 0
         self._commits = GroupCommit(
             self._writer,
             is_damage=is_damage,
@@ -153,6 +154,7 @@ class Spool:
         self._infos.clear()
         self._schemas.clear()
         self._schemas_bytes = 0
+        self._comings += 1
 
     # --- what senders do
 
@@ -173,6 +175,7 @@ class Spool:
             missing = b""
             if number is None:
                 number = tables.add_producer(info)
+                self._comings += 1
                 missing = notices.taken_elsewhere(held)
                 for lane, offset in held.items():
                     tables.set_lane(number, lane, offset, 0)
@@ -218,12 +221,24 @@ class Spool:
             size=len(encoded),
         )
 
+    def append_next(self, producer_id: bytes, encoded: bytes) -> Future[int]:
+        """Commits whole records after those of before, as a lane of the producer; they may wait for others to
+        share their commit. For what the agent itself samples: who brings a producer's bytes from elsewhere
+        says where they begin."""
+        schemas = _schemas_in(encoded)
+        return self._spooling(
+            lambda: self._append(producer_id, 0, None, encoded, schemas),
+            size=len(encoded),
+            patience_s=self._linger_s,
+        )
+
     def end_producer(self, producer_id: bytes, final_records: bytes = b"") -> Future[None]:
         """The producer has ended and everything of it is committed. `final_records`: of the agent's own,
         that go with it. Does nothing when it has ended before."""
 
         def job() -> tuple[None, int]:
             ended = self._tables.end_producer(producer_id, time.time_ns())
+            self._comings += ended
             if not ended or not final_records:
                 return None, 0
             return None, self._append(producer_id, AGENT_LANE, None, final_records, [])[1]
@@ -428,6 +443,29 @@ class Spool:
                     self._schemas_bytes = 0
                 self._schemas[producer_number, schema_id] = known
         return known
+
+    def schemas_of(self, producer_id: bytes) -> Future[dict[int, tuple[str, ...]]]:
+        """The keys of each schema id that a producer has used."""
+
+        def job() -> dict[int, tuple[str, ...]]:
+            number = self._tables.number(producer_id)
+            known = {} if number is None else self._tables.schemas(number)
+            return {schema_id: tuple(keys.split("\n")) for schema_id, keys in known.items()}
+
+        return self._commits.submit(job)
+
+    def origin(self) -> Future[str]:
+        """The spool's own name."""
+
+        def job() -> str:
+            return self._tables.origin()
+
+        return self._commits.submit(job)
+
+    @property
+    def comings(self) -> int:
+        """Another number when a producer has come or ended since: then `not_ended` says something else."""
+        return self._comings
 
     def not_ended(self) -> Future[list[ProducerInfo]]:
         """The producers that have not ended."""

@@ -317,6 +317,11 @@ class Tables:
         ).fetchone()
         return str(row[0]) if row else None
 
+    def schemas(self, producer: int) -> dict[int, str]:
+        """By schema id, its keys."""
+        rows = self._execute("SELECT schema_id, keys FROM schemas WHERE producer = ?", (producer,))
+        return dict(rows.fetchall())
+
     def add_schema(self, producer: int, schema_id: int, keys: str) -> None:
         """The first keys of a schema id stay."""
         row = (producer, schema_id, keys)

@@ -83,7 +83,7 @@ class Identity:
     world_size: int
 
     node: str
-    """The host's name (in Kubernetes the node's, where NODE_NAME gives it)."""
+    """The host's name (in Kubernetes the node's, where NODE_NAME gives it), or TRACKAGENT_NODE."""
 
     hub: str = ""
     """What rank 0 said about the run's hub, as it was given to decide()."""
@@ -267,13 +267,19 @@ def decide(
             rank=ranks.rank,
             local_rank=ranks.local_rank,
             world_size=ranks.world_size,
-            node=(environ.get("NODE_NAME") or hostname())[:MAX_NODE_CHARACTERS],
+            node=node_name(environ, hostname),
             hub=word.hub,
             job_time_ns=word.job_time_ns,
         ),
         warnings=warnings,
         _server=agreed.server,
     )
+
+
+def node_name(environ: Mapping[str, str], hostname: Callable[[], str] = socket.gethostname) -> str:
+    """The name of this process's node: the agent, which samples it, must know it by the same one."""
+    name = environ.get("TRACKAGENT_NODE") or environ.get("NODE_NAME") or hostname()
+    return name[:MAX_NODE_CHARACTERS]
 
 
 def given_run_id(run_id: str | None, environ: Mapping[str, str]) -> tuple[str | None, str]:

@@ -35,6 +35,9 @@ FLAGS = {
     "deliver_interval_s": ("SECONDS", "How long a record may wait."),
     "drain_timeout_s": ("SECONDS", "How long to deliver after being told to stop."),
     "gone_after_s": ("SECONDS", "When a rank without a trace is killed."),
+    "node": ("NAME", "Name of this node."),
+    "collect": ("NAMES", "What to sample: all, none, or names."),
+    "sample_interval_s": ("SECONDS", "How often to sample."),
     "log_level": ("LEVEL", "debug, info, warning or error."),
 }
 

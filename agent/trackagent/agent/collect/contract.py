@@ -6,8 +6,10 @@ one which takes long holds no other up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from trackagent.agent.store.contract import ProducerInfo
@@ -36,6 +38,19 @@ class Incident:
     level: str
     message: str
     data: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """What a collector is made from. ranks: the processes of runs that log here now; may take a moment.
+    folders: the agent's own, in memory and on the disk; under `journals` in them, each rank has its journal,
+    named by its producer id. proc, sys: where the kernel tells of things. clock: seconds, monotonic."""
+
+    ranks: Callable[[], Sequence[ProducerInfo]] = tuple
+    folders: Sequence[Path] = ()
+    proc: Path = Path("/proc")
+    sys: Path = Path("/sys")
+    clock: Callable[[], float] = time.monotonic
 
 
 class Collector(Protocol):

@@ -1,0 +1,264 @@
+"""Runs the collectors, each on a thread of its own, and keeps what they sampled last.
+
+While a run is here, a collector samples at its interval and what it samples is recorded; with nobody here
+it samples rarely, for those who look (`latest`). A collector that has nothing to collect is off. One that
+fails, or takes too long, is told to the runs as an event, and asked again later, each time after a longer
+pause; while it hangs, nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trackagent.agent.active import Active
+from trackagent.agent.collect.contract import Collector, Here, Incident, Sample, Unavailable
+from trackagent.agent.collect.recorder import Recorder
+from trackagent.agent.collect.table import COLLECTORS
+
+logger = logging.getLogger(__name__)
+
+# With nobody here.
+IDLE_INTERVAL_S = 15.0
+# How long a collector may take, and how soon that is seen.
+PATIENCE_S = 5.0
+WATCH_INTERVAL_S = 1.0
+STOP_S = 1.0
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 30.0, 3600.0
+# The ranks send at multiples of this (ClientConfig.flush_interval_s): what is sampled at the same moments
+# shares their commits.
+FLUSH_S = 0.15
+AFTER_S = 0.002
+
+Make = Callable[[Here], Collector]
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """What a collector sampled last, and when (nanoseconds since 1970-01-01 UTC)."""
+
+    time_ns: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """How a collector is: "on"; "off", with nothing to collect, for `reason`; "failing" for `reason` since
+    `since_ns`, and asked again later; "starting"."""
+
+    state: Literal["starting", "on", "off", "failing"]
+    reason: str
+    since_ns: int
+
+
+class Sampler:
+    """Runs collectors: `intervals` says which and how often, in seconds (table.intervals). `makes`: how each
+    is made; `patience_s`, `backoff_s`: how long one may take, and how long one that fails is first left
+    alone: seams for tests."""
+
+    def __init__(
+        self,
+        intervals: Mapping[str, float],
+        here: Here,
+        active: Active,
+        recorder: Recorder,
+        *,
+        makes: Mapping[str, Make] | None = None,
+        patience_s: float = PATIENCE_S,
+        backoff_s: float = FIRST_BACKOFF_S,
+    ) -> None:
+        self._active = active
+        self._recorder = recorder
+        self.patience_s = patience_s
+        self.stopping = threading.Event()
+        self._loops = {
+            name: _Loop(
+                name, interval_s, here, makes[name] if makes else _maker(name), self, backoff_s
+            )
+            for name, interval_s in intervals.items()
+        }
+        self._watch = threading.Thread(target=self._watching, name="sampler", daemon=True)
+
+    def start(self) -> None:
+        if self._loops:
+            self._watch.start()
+        for loop in self._loops.values():
+            loop.thread.start()
+
+    def stop(self) -> None:
+        """Nothing is recorded any more when this returns; a collector that hangs is left behind."""
+        self.stopping.set()
+        for loop in self._loops.values():
+            loop.thread.join(STOP_S)
+        if self._loops:
+            self._watch.join(STOP_S)
+
+    # --- for those who look; from any thread, without waiting
+
+    def latest(self) -> dict[str, Latest]:
+        """By collector, what it sampled last; nothing of one that has not sampled yet."""
+        return {name: loop.latest for name, loop in self._loops.items() if loop.latest is not None}
+
+    def states(self) -> dict[str, State]:
+        """By collector that the configuration asks for, how it is."""
+        return {name: loop.state for name, loop in self._loops.items()}
+
+    # --- for the loops
+
+    def is_needed(self) -> bool:
+        """Whether anybody logs here."""
+        return bool(self._active.loggers())
+
+    def take(self, time_ns: int, found: Sequence[Sample | Incident]) -> tuple[Sample, ...]:
+        """Records what was sampled, tells what happened; the samples."""
+        samples = tuple(one for one in found if isinstance(one, Sample))
+        if self.is_needed() and not self.stopping.is_set():
+            self._recorder.record(time_ns, samples)
+        for one in found:
+            if isinstance(one, Incident):
+                self.tell(one)
+        return samples
+
+    def tell(self, event: Incident) -> None:
+        told = self._active.tell(event)
+        level = logging.INFO if event.level == "info" else logging.WARNING
+        logger.log(level, "%s (told to %d runs)", event.message, told)
+
+    def _watching(self) -> None:
+        here: object = None
+        while not self.stopping.wait(_until_tick(WATCH_INTERVAL_S)):
+            for loop in self._loops.values():
+                loop.check(self.patience_s)
+            try:
+                if here is not (here := self._active.producers()):
+                    self._recorder.end_others(here)
+            except Exception as error:  # noqa: BLE001 - it is tried again
+                logger.warning("cannot end what was sampled of ranks that ended: %s", error)
+                here = None
+
+
+class _Loop:
+    """One collector and its thread."""
+
+    def __init__(
+        self,
+        name: str,
+        interval_s: float,
+        here: Here,
+        make: Make,
+        sampler: Sampler,
+        backoff_s: float,
+    ) -> None:
+        self.latest: Latest | None = None
+        self.state = State("starting", "", time.time_ns())
+        self._name = name
+        self._interval_s = interval_s
+        self._here = here
+        self._make = make
+        self._sampler = sampler
+        self._collector: Collector | None = None
+        self._first_backoff_s = self._backoff_s = backoff_s
+        # All by time.monotonic(). When it was asked something that it has not answered yet.
+        self._asked: float | None = None
+        self._well_since = time.monotonic()
+        # Who says how it is: its thread, and the sampler's where that one hangs.
+        self._lock = threading.Lock()
+        self.thread = threading.Thread(target=self._run, name=f"collect-{name}", daemon=True)
+
+    def check(self, patience_s: float) -> None:
+        """On the sampler's thread: whether it hangs."""
+        asked = self._asked
+        if asked is not None and time.monotonic() - asked > patience_s:
+            self._fail(f"no answer for {patience_s:g} s")
+
+    def _run(self) -> None:
+        sampled = -math.inf
+        sampler = self._sampler
+        while not sampler.stopping.is_set():
+            idle_s = max(IDLE_INTERVAL_S, self._interval_s)
+            waited = self.state.state == "failing" or time.monotonic() - sampled >= idle_s
+            if waited or sampler.is_needed():
+                sampled = time.monotonic()
+                self._sample()
+            if self.state.state == "off":
+                return
+            needed = sampler.is_needed()
+            wait_s = _until_tick(self._interval_s if needed else WATCH_INTERVAL_S)
+            if self.state.state == "failing":
+                wait_s = self._backoff_s
+                self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
+            sampler.stopping.wait(wait_s)
+
+    def _sample(self) -> None:
+        self._asked = began = time.monotonic()
+        time_ns = time.time_ns()
+        try:
+            if self._collector is None:
+                self._collector = self._make(self._here)
+            found = self._collector.sample()
+        except Unavailable as error:
+            if self._collector is None:
+                self.state = State("off", str(error), time_ns)
+                logger.info("collector %s is off: %s", self._name, error)
+            else:
+                self._fail(str(error))
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
+            self._fail(f"{type(error).__name__}: {error}" if str(error) else repr(error))
+            return
+        finally:
+            self._asked = None
+        took_s = time.monotonic() - began
+        if took_s > self._sampler.patience_s:
+            self._fail(f"it took {took_s:.1f} s")
+            return
+        self._succeed(time_ns)
+        self.latest = Latest(time_ns, self._sampler.take(time_ns, found))
+
+    def _fail(self, reason: str) -> None:
+        with self._lock:
+            first = self.state.state != "failing"
+            since_ns = time.time_ns() if first else self.state.since_ns
+            self.state = State("failing", reason, since_ns)
+            if not first:
+                return
+            if time.monotonic() - self._well_since > 2 * self._backoff_s:
+                self._backoff_s = self._first_backoff_s
+        self._tell("warning", f"is disabled: {reason}; it is tried again later", reason)
+
+    def _succeed(self, time_ns: int) -> None:
+        with self._lock:
+            failed = self.state.state == "failing"
+            if self.state.state == "on":
+                return
+            self.state = State("on", "", time_ns)
+            self._well_since = time.monotonic()
+        if failed:
+            self._tell("info", "works again", "")
+
+    def _tell(self, level: str, what: str, reason: str) -> None:
+        data: dict[str, object] = {"collector": self._name, "reason": reason}
+        self._sampler.tell(Incident(level, f"collector {self._name} {what}", data))
+
+
+def _maker(name: str) -> Make:
+    def make(here: Here) -> Collector:
+        found: Collector = importlib.import_module(COLLECTORS[name]).make(here)
+        return found
+
+    return make
+
+
+def _until_tick(interval_s: float) -> float:
+    """Seconds until the next multiple of `interval_s` by the wall clock, and then of FLUSH_S."""
+    now = time.time()
+    due = (math.floor(now / interval_s) + 1) * interval_s
+    tick = math.ceil(due / FLUSH_S - 1e-6) * FLUSH_S
+    # Just after it: a clock that is being adjusted must not make it the second before.
+    return max(0.0, tick - now) + AFTER_S

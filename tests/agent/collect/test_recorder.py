@@ -1,0 +1,137 @@
+"""What is sampled becomes records in the spool, once, and as the same source after the agent began anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.agent.collect.sampled import here, stored
+from tests.agent.samples import losses, producer
+from tests.agent.spools import ID
+from trackagent.agent.collect.contract import Sample
+from trackagent.agent.collect.recorder import FULL, Recorder
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import node_run_id
+from trackagent.client import record
+
+SECOND = 10**9
+T = 1_700_000_000
+CPU = "system/cpu/percent"
+
+
+def cpu(percent: float) -> Sample:
+    return Sample({CPU: percent})
+
+
+def test_a_sample_is_a_point_of_its_node_at_its_second(opened: Spool) -> None:
+    Recorder(opened, "a").record(T * SECOND + 7, [cpu(12.5)])
+    assert stored(opened).values == {("node a", CPU): [(T, 12.5)]}
+
+
+def test_its_producer_says_that_it_is_sampled_and_where(opened: Spool) -> None:
+    Recorder(opened, "a").record(T * SECOND, [cpu(1.0), Sample({"gpu/power": 2.0}, gpu="0.1")])
+    found = [(info.sampled, info.run_id, info.node) for info in here(opened) if info.sampled]
+    assert found == [("node a", node_run_id("a"), "a"), ("gpu a:0.1", node_run_id("a"), "a")]
+
+
+def test_what_is_sampled_of_a_rank_stands_in_its_run(opened: Spool) -> None:
+    rank = producer(3, attempt=2)
+    Recorder(opened, "a").record(T * SECOND, [Sample({"process/threads": 4.0}, rank=rank)])
+    (info,) = (one for one in here(opened) if one.sampled)
+    assert (info.sampled, info.run_id, info.attempt, info.rank) == ("rank 3", rank.run_id, 2, 3)
+    assert info.producer_id != rank.producer_id
+
+
+def test_collectors_of_one_source_have_one_producer(opened: Spool) -> None:
+    recorder = Recorder(opened, "a")
+    recorder.record(T * SECOND, [cpu(1.0)])
+    recorder.record(T * SECOND, [Sample({"cgroup/memory/current_bytes": 2.0})])
+    assert len([info for info in here(opened) if info.sampled]) == 1
+    assert set(stored(opened).values) == {
+        ("node a", CPU),
+        ("node a", "cgroup/memory/current_bytes"),
+    }
+
+
+def test_the_next_agent_goes_on_with_the_same_producer(opened: Spool) -> None:
+    Recorder(opened, "a").record(T * SECOND, [cpu(1.0)])
+    Recorder(opened, "a").record((T + 1) * SECOND, [cpu(2.0)])
+    assert len([info for info in here(opened) if info.sampled]) == 1
+    assert stored(opened).values == {("node a", CPU): [(T, 1.0), (T + 1, 2.0)]}
+
+
+def test_the_next_agent_may_sample_something_else(opened: Spool) -> None:
+    Recorder(opened, "a").record(T * SECOND, [cpu(1.0)])
+    Recorder(opened, "a").record((T + 1) * SECOND, [Sample({"other": 2.0})])
+    Recorder(opened, "a").record((T + 2) * SECOND, [cpu(3.0)])
+    assert stored(opened).values == {
+        ("node a", CPU): [(T, 1.0), (T + 2, 3.0)],
+        ("node a", "other"): [(T + 1, 2.0)],
+    }
+
+
+def test_more_key_sets_than_there_are_schema_ids_are_kept_too(opened: Spool) -> None:
+    recorder = Recorder(opened, "a")
+    sets = record.MAX_SCHEMAS + 5
+    for number in range(sets):
+        recorder.record(T * SECOND, [Sample({f"key{number}": float(number)})])
+        opened.committed(ID).result()  # a moment of the disk's: no more is under way than may be
+    found = stored(opened).values
+    assert found == {("node a", f"key{n}"): [(T, float(n))] for n in range(sets)}
+
+
+def test_a_sample_without_readings_is_none(opened: Spool) -> None:
+    Recorder(opened, "a").record(T * SECOND, [Sample({})])
+    assert [info for info in here(opened) if info.sampled] == []
+
+
+def test_what_a_full_spool_does_not_take_is_counted(open_spool: Callable[..., Spool]) -> None:
+    spool = open_spool(max_bytes=4096)
+    spool.add_sink("store").result()
+    spool.open_producer(producer(), {}).result()
+    spool.append(ID, 0, 0, losses(range(80))).result()
+    recorder = Recorder(spool, "a")
+    for second in range(2):
+        recorder.record((T + second) * SECOND, [Sample({f"key{n}": 1.0 for n in range(50)})])
+    delivery = spool.next_delivery("store", 1 << 30).result()
+    assert delivery is not None
+    spool.delivered("store", delivery.id.last).result()
+    recorder.record((T + 2) * SECOND, [Sample({"key": 1.0})])
+    spool.committed(ID).result()  # what told of the loss was appended before this
+    spool.committed(ID).result()
+    batch = stored(spool)
+    assert batch.values == {("node a", "key"): [(T + 2, 1.0)]}
+    assert [(one.reason, one.records, one.more) for one in batch.losses] == [(FULL, 2, True)]
+
+
+def test_what_is_sampled_of_a_rank_ends_when_the_rank_has(opened: Spool) -> None:
+    recorder = Recorder(opened, "a")
+    recorder.record(T * SECOND, [cpu(1.0), Sample({"process/threads": 4.0}, rank=producer())])
+    recorder.end_others(here(opened))
+    assert [info.sampled for info in here(opened)] == ["", "node a", "rank 0"]
+    opened.end_producer(ID).result()
+    recorder.end_others(here(opened))
+    assert [info.sampled for info in here(opened)] == ["node a"]
+
+
+def test_what_an_earlier_agent_sampled_of_a_rank_that_ended_meanwhile_ends(opened: Spool) -> None:
+    Recorder(opened, "a").record(T * SECOND, [Sample({"process/threads": 4.0}, rank=producer())])
+    opened.end_producer(ID).result()
+    Recorder(opened, "a").end_others(here(opened))
+    assert here(opened) == []
+
+
+def test_what_an_agent_of_another_name_sampled_ends(opened: Spool) -> None:
+    Recorder(opened, "b").record(T * SECOND, [cpu(1.0)])
+    Recorder(opened, "a").end_others(here(opened))
+    assert here(opened) == [producer()]
+
+
+def test_a_producer_is_claimed_before_it_is_made_known(opened: Spool) -> None:
+    claimed: list[tuple[str, bytes]] = []
+
+    def claim(run_id: str, producer_id: bytes) -> None:
+        assert producer_id not in {info.producer_id for info in here(opened)}
+        claimed.append((run_id, producer_id))
+
+    Recorder(opened, "a", claim=claim).record(T * SECOND, [cpu(1.0)])
+    assert [run_id for run_id, _ in claimed] == [node_run_id("a")]
