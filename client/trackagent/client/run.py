@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from trackagent.client import record, values
+from trackagent.client import device, record, values
 from trackagent.client.config import SOCKET_NAME, ClientConfig
 from trackagent.client.errors import (
     ConfigError,
@@ -57,6 +57,8 @@ _OUR_ERRORS = (
 
 # How often finish() looks whether the agent has taken a journal that has no sender.
 POLL_S = 0.05
+# How often it looks whether the last values have come from devices.
+DEVICE_POLL_S = 0.005
 
 # Types that cannot be on a device; numpy's scalars are added when numpy is seen.
 _plain_types: set[type] = {float, int, bool}
@@ -86,6 +88,7 @@ class Run:
         run_name: str = "",
         strict: bool = False,
         on_finish: Callable[[float], None] = lambda deadline: None,
+        rings: device.Rings = device.rings,
     ) -> None:
         self.id = who.run_id
         self.attempt = who.attempt
@@ -99,6 +102,7 @@ class Run:
         self._who = who
         self._strict = strict
         self._on_finish = on_finish
+        self._rings = rings
         self._last_step = -1
         self._params: dict[str, str] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -143,6 +147,8 @@ class Run:
             journal_bytes=self._config.journal_bytes,
             wake=self._sender.wake if self._sender else None,
         )
+        self._looking = threading.Lock()
+        self._in_flight = device.InFlight(self._rings, self._sender.wake if self._sender else None)
         self._forked_without_journal = False
         self._take = self._journal.take
         if self._sender:
@@ -155,8 +161,10 @@ class Run:
     ) -> None:
         """Records `metrics` at `step`; safe from `kill -9` when this returns.
 
-        Values: anything `float()` takes, numpy scalars, tensors of one element in the CPU's memory; NaN and
-        infinities are kept. step: any whole number of 64 bits; None: one after this process's last step.
+        Values: anything `float()` takes, numpy scalars, tensors of one element; NaN and infinities are kept.
+        Those of tensors on a GPU follow in a record of their own, with the same step and time, once the GPU
+        has computed them; on the current stream the tensors may be overwritten or freed at once. step: any
+        whole number of 64 bits; None: one after this process's last step.
         timestamp: seconds since 1970 or a datetime; None: now. What a signal handler of yours raises while
         this runs leaves it, as it leaves any function; the record may then be there or not. (While a value's
         own code is asked for the number, it cannot be told from what that raises: the value is refused.)
@@ -269,12 +277,14 @@ class Run:
             return True
         deadline = time.monotonic() + self._config.exit_timeout_s
         self._on_finish(deadline)
+        self._wait_for_devices(time.monotonic() + (deadline - time.monotonic()) / 2)
         self.status = status
         self._take = _no_lane
         lane = self._journal.seal(0.5, _FINISHED)
         end_written = False
         try:
             if lane is not None:
+                self._give_devices_up(lane)
                 self._refusals.write(self._journal, lane, last=True)
                 ending = {
                     "status": status,
@@ -294,6 +304,29 @@ class Run:
             self._delivered = self._taken_by_agent(deadline)
         self._emit_warnings()
         return self._delivered
+
+    def _wait_for_devices(self, until: float) -> None:
+        """Until all values have come from devices, or time.monotonic() is `until`."""
+        while self._in_flight and time.monotonic() < until:
+            with contextlib.suppress(TrackagentError):
+                lane = self._lane()
+                try:
+                    self._journal_landed(lane)
+                finally:
+                    lane.give_back(lane)
+            if self._in_flight:
+                time.sleep(DEVICE_POLL_S)
+
+    def _give_devices_up(self, lane: Lane) -> None:
+        """At the end, when nobody logs any more: what has not come from devices by now is lost."""
+        self._journal_landed(lane)
+        for step in self._in_flight.give_up():
+            self._lose(
+                "not computed in time",
+                step,
+                "some values were still being computed by a device when the run finished, and are lost: "
+                "synchronize with it before finish()",
+            )
 
     def _taken_by_agent(self, deadline: float) -> bool:
         """Waits until the agent has read the closed journal and deleted it; not where no agent listens."""
@@ -374,12 +407,16 @@ class Run:
             number = self._last_step + 1 if step is None else values.to_step(step)
             time_ns = values.to_time_ns(timestamp)
             numbers: dict[str, float] = {}
+            on_devices: dict[str, Any] = {}
             known = tuple(metrics) in lane.segment.schemas
             for key, value in metrics.items():
                 try:
                     if not known:
                         values.check_key(key)
-                    numbers[key] = values.to_float(key, value)
+                    if type(value) is not float and values.is_on_gpu(value):
+                        on_devices[key] = values.to_copy(key, value)
+                    else:
+                        numbers[key] = values.to_float(key, value)
                 except ValueRefused as error:
                     refused.append((str(key), error))
                 else:
@@ -389,12 +426,42 @@ class Run:
                 self._journal.write_metrics(lane, numbers, step=number, time_ns=time_ns)
                 lane.state.records += 1
                 self._last_step = number
+            if on_devices:
+                self._last_step = lost_at = number
+                self._in_flight.queue(on_devices, step=number, time_ns=time_ns)
+                lost_at = None
+                # The sender's thread may be held up for seconds, as by an agent that hangs.
+                if self._sender is None or self._in_flight.is_filled(0.75):
+                    self._journal_landed(lane, most=4)
         except Exception as error:
             if type(metrics) is dict and _is_a_handlers(error):
                 raise
             refused.append(("log", error))
-            lost_at = self._passed_over(error, number)
+            if lost_at is None:
+                lost_at = self._passed_over(error, number)
         self._refuse(refused, lost_at=lost_at)
+
+    def _journal_landed(self, lane: Lane, most: int | None = None) -> None:
+        """Writes, in the taken lane, the records whose values have come from devices since the last look:
+        looks for all, or for the `most` oldest. Whoever comes second need not wait."""
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            for one in self._in_flight.landed(most):
+                try:
+                    self._journal.write_metrics(
+                        lane, one.values, step=one.step, time_ns=one.time_ns
+                    )
+                    lane.state.records += 1
+                except TrackagentError as error:
+                    self._lose(error.reason, one.step, str(error))
+        finally:
+            self._looking.release()
+
+    def _lose(self, reason: str, step: int, problem: str) -> None:
+        """Counts a record that `log()` took and that did not come."""
+        self._refusals.add(reason, step, self._journal.records)
+        self._warn(reason, "log", problem)
 
     def _passed_over(self, error: Exception, step: Any) -> int | None:
         """The step of a call that found no room, None where it has none. It counts as a step all the same:
@@ -508,12 +575,13 @@ class Run:
     def _housekeep(self) -> None:
         """On the sender's thread, every flush interval."""
         self._emit_warnings()
-        if self._refusals.unwritten:
+        if self._in_flight.is_worth_a_look or self._refusals.unwritten:
             try:
                 lane = self._take()
             except IndexError:
                 return
             try:
+                self._journal_landed(lane)
                 # Without room now, the counts are written when there is.
                 with contextlib.suppress(TrackagentError):
                     self._refusals.write(self._journal, lane)
@@ -529,6 +597,9 @@ class Run:
         self._finishing = threading.Lock()
         self._on_finish = lambda deadline: None
         self._opening = threading.RLock()
+        # The parent's values come to the parent.
+        self._rings.forget()
+        self._in_flight = device.InFlight(self._rings, None)
         self._journal.abandon_in_child()
 
 

@@ -1,7 +1,8 @@
 """What a user may hand to `log()`: keys, values, steps and times, checked and made plain.
 
 The fast path of `log()` takes dicts of Python floats, ints, bools and numpy scalars whose keys were seen
-before; everything else comes through here. Each refusal is a ValueRefused that names the key and what to do.
+before; everything else comes through here, and tensors on a GPU go on to device.py. Each refusal is a
+ValueRefused that names the key and what to do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
@@ -60,6 +62,7 @@ def to_float(key: str, value: Any) -> float:
         if isinstance(value, (float, int)):
             return float(value)
         if hasattr(value, "is_cpu"):  # torch, whose float() would wait for another device
+            value = _local(key, value)
             if not value.is_cpu:
                 raise ValueRefused(
                     "device tensor",
@@ -75,10 +78,65 @@ def to_float(key: str, value: Any) -> float:
     except Exception:  # noqa: BLE001 - whatever the value's own code raises
         shape = getattr(value, "shape", None)
         what = f"of shape {tuple(shape)}" if shape else _shown(value)
+        raise _no_number(key, value, what) from None
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether `value` is a torch tensor on a CUDA or ROCm device."""
+    try:
+        return getattr(value, "is_cuda", False) is True
+    except Exception:  # noqa: BLE001 - whatever the value's own code raises
+        return False
+
+
+def to_copy(key: str, value: Any) -> Any:
+    """The plain tensor of one real number that a copy of `value`, a tensor on a GPU, is to be made of."""
+    try:
+        tensor = _local(key, value)
+        if tensor.numel() != 1:
+            raise _no_number(key, value, f"of shape {tuple(tensor.shape)}")
+        if tensor.is_complex():
+            raise _no_number(key, value, f"of {tensor.dtype}")
+        torch: Any = sys.modules.get("torch")
+        usual = torch.Tensor.__torch_dispatch__ if torch else None
+        is_plain = getattr(type(tensor), "__torch_dispatch__", usual) is usual
+    except ValueRefused:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the value's own code raises
+        raise _no_number(key, value, f"which fails with {_shown(error)}") from None
+    if not is_plain:
         raise ValueRefused(
-            "not a number",
-            f"{key!r} is a {type(value).__name__}, {what}, which is no number: log a float",
-        ) from None
+            "device tensor",
+            f"{key!r} is a {type(tensor).__name__}, whose value need not lie in memory: log a plain tensor, "
+            "or tensor.item()",
+        )
+    return tensor
+
+
+def _local(key: str, tensor: Any) -> Any:
+    """What this process has of a torch tensor, which must be all of it: to get the rest would wait for other
+    ranks."""
+    if hasattr(tensor, "to_local"):  # DTensor
+        if not all(one.is_replicate() for one in tensor.placements):
+            raise ValueRefused(
+                "part of a tensor",
+                f"{key!r} is a DTensor of which this rank has a part {tensor.placements}, and getting the "
+                "rest would make it wait for others: log tensor.full_tensor(), called on every rank",
+            )
+        tensor = tensor.to_local()
+    if hasattr(tensor, "trigger_wait"):  # AsyncCollectiveTensor
+        raise ValueRefused(
+            "unfinished collective",
+            f"{key!r} is the result of a collective operation that may not have ended: log tensor.wait()",
+        )
+    return tensor
+
+
+def _no_number(key: str, value: Any, what: str) -> ValueRefused:
+    return ValueRefused(
+        "not a number",
+        f"{key!r} is a {type(value).__name__}, {what}, which is no number: log a float",
+    )
 
 
 def to_step(step: Any) -> int:
