@@ -8,6 +8,7 @@ import difflib
 # collector, or raises contract.Unavailable, and its METRICS say what it samples.
 COLLECTORS = {
     "system": "trackagent.agent.collect.system",
+    "gpu": "trackagent.agent.collect.gpu",
 }
 ALL, NONE = "all", "none"
 # Steps of samples are whole seconds.
