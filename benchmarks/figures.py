@@ -75,9 +75,9 @@ class Node:
 
 
 @contextmanager
-def node(*, agent: bool) -> Iterator[Node]:
+def node(*, agent: bool, collect: str = "all") -> Iterator[Node]:
     """An empty node: journals in memory, state in the system's folder for temporary files (TMPDIR chooses the
-    disk). Ends what runs there and removes everything."""
+    disk). collect: what its agent samples. Ends what runs there and removes everything."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     directory = Path(tempfile.mkdtemp(prefix="tb-", dir=memory))
     state = Path(tempfile.mkdtemp(prefix="tb-"))
@@ -87,7 +87,10 @@ def node(*, agent: bool) -> Iterator[Node]:
         if agent:
             with (state / "agent.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "trackagent.agent.cli", "start", "--log-level=warning"],
+                    [
+                        *(sys.executable, "-m", "trackagent.agent.cli", "start"),
+                        *("--log-level=warning", f"--collect={collect}"),
+                    ],
                     env=here.environment,
                     stdout=log,
                     stderr=log,

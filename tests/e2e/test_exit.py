@@ -26,6 +26,7 @@ from tests.fakes import (
     torchrun,
     wait_until,
 )
+from tests.groups import memory_group
 from trackagent.agent.config import STORE_NAME
 from trackagent.agent.store import open_reader
 
@@ -290,36 +291,8 @@ while True:
 @pytest.fixture
 def small_group() -> Iterator[Path]:
     """A memory control group below this process's own, with little room."""
-    group, limit = below_own("memory")
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"this system lets no control group be made: {error}")
-    try:
-        (group / limit).write_text(str(128 * 2**20))
+    with memory_group(128 * 2**20) as group:
         yield group
-    except OSError as error:
-        pytest.skip(f"this system lets no memory be limited: {error}")
-    finally:
-        wait_until(lambda: removed(group), "the control group is removed")
-
-
-def below_own(controller: str) -> tuple[Path, str]:
-    """A new group's folder, and the name of the file with its limit."""
-    base, name = Path("/sys/fs/cgroup"), f"tka-{os.getpid()}"
-    groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    for _, controllers, path in groups:
-        if controller in controllers.split(","):
-            return base / controller / path.lstrip("/") / name, "memory.limit_in_bytes"
-    return base / groups[-1][2].lstrip("/") / name, "memory.max"
-
-
-def removed(group: Path) -> bool:
-    try:
-        group.rmdir()
-    except OSError:
-        return False
-    return True
 
 
 def test_a_rank_that_the_kernel_killed_for_lack_of_memory_says_so(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import subprocess
+import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from tests.fakes import DEADLINE_S
+from tests.fakes import DEADLINE_S, next_line
 from trackagent.agent.collect.contract import Collector, Here, Incident, Sample
 from trackagent.agent.decode import decode
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import Batch, EventData, Loss, ProducerInfo
+from trackagent.client.folder import LOCK_NAME
 
 Answer = Callable[[], Sequence[Sample | Incident]]
 
@@ -84,6 +90,37 @@ class Sink:
 def stored(spool: Spool) -> Sink:
     """All that waits for the sink."""
     return Sink(spool).take()
+
+
+def all_values(found: Sequence[Sample | Incident]) -> dict[str, float]:
+    """What the samples of one moment say, whatever they are of."""
+    samples = [one for one in found if isinstance(one, Sample)]
+    return {key: value for one in samples for key, value in one.values.items()}
+
+
+@contextlib.contextmanager
+def sleeping(
+    folder: Path, info: ProducerInfo, program: str = "sys.stdin.read()"
+) -> Iterator[ProducerInfo]:
+    """A process that holds the lock of this producer's journal under `folder`, as a rank does, until the end
+    of the block; the producer with its number."""
+    lock = folder / "journals" / info.producer_id.hex() / LOCK_NAME
+    lock.parent.mkdir(parents=True)
+    begin = (
+        "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('locked', flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", begin + program, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert next_line(process) == "locked"
+        try:
+            yield dataclasses.replace(info, pid=process.pid)
+        finally:
+            process.kill()
 
 
 def here(spool: Spool) -> list[ProducerInfo]:

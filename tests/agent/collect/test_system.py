@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.agent.collect.sampled import all_values
 from tests.fakes import wait_until
 from trackagent.agent.collect import system
-from trackagent.agent.collect.contract import Here, Incident, Sample, Unavailable
+from trackagent.agent.collect.contract import Here, Unavailable
 from trackagent.agent.collect.metrics import metrics_of
 
 NET = """Inter-|   Receive                             |  Transmit
@@ -59,12 +59,6 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path) -> Node:
     return Node(tmp_path)
-
-
-def all_values(found: Sequence[Sample | Incident]) -> dict[str, float]:
-    return {
-        key: value for one in found if isinstance(one, Sample) for key, value in one.values.items()
-    }
 
 
 def after_a_second(node: Node, **said: int) -> dict[str, float]:

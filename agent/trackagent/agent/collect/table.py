@@ -8,6 +8,9 @@ import difflib
 # collector, or raises contract.Unavailable, and its METRICS say what it samples.
 COLLECTORS = {
     "system": "trackagent.agent.collect.system",
+    "cgroup": "trackagent.agent.collect.cgroup",
+    "processes": "trackagent.agent.collect.processes",
+    "infiniband": "trackagent.agent.collect.infiniband",
     "gpu": "trackagent.agent.collect.gpu",
 }
 ALL, NONE = "all", "none"
