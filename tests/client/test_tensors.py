@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import struct
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from trackagent.client.errors import ValueRefused
-from trackagent.client.values import to_float, to_step
+from trackagent.client.values import to_copy, to_float, to_step
 
 pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is in the demo extra")
 
@@ -84,6 +85,62 @@ def test_a_tensor_on_a_device_is_refused_since_reading_it_would_wait(torch: Any)
         "'loss' is a tensor on meta, and reading it would make the training loop wait: "
         "log tensor.item() where that is acceptable",
     )
+
+
+# --- tensors of several ranks
+
+
+@pytest.fixture(scope="module")
+def mesh(torch: Any) -> Iterator[Any]:
+    """Of this process alone."""
+    distributed = importlib.import_module("torch.distributed")
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1, device_id=None
+    )
+    yield importlib.import_module("torch.distributed.device_mesh").DeviceMesh("cpu", [0])
+    distributed.destroy_process_group()
+
+
+def distributed_tensor(mesh: Any, tensor: Any, placement: str) -> Any:
+    module = importlib.import_module("torch.distributed.tensor")
+    place = {"replicated": module.Replicate(), "part": module.Partial(), "shard": module.Shard(0)}
+    return module.DTensor.from_local(tensor, mesh, [place[placement]])
+
+
+def test_a_replicated_tensor_is_taken(torch: Any, mesh: Any) -> None:
+    loss = distributed_tensor(mesh, torch.tensor(1.5, requires_grad=True), "replicated")
+    assert to_float("loss", loss) == 1.5
+
+
+@pytest.mark.parametrize("placement", ["part", "shard"])
+@pytest.mark.parametrize("take", [to_float, to_copy])
+def test_a_tensor_of_which_other_ranks_have_parts_is_refused(
+    torch: Any, mesh: Any, placement: str, take: Any
+) -> None:
+    loss = distributed_tensor(mesh, torch.ones(1), placement)
+    assert refusal(take, "loss", loss) == (
+        "part of a tensor",
+        f"'loss' is a DTensor of which this rank has a part {loss.placements}, and getting the rest would "
+        "make it wait for others: log tensor.full_tensor(), called on every rank",
+    )
+
+
+def test_the_local_tensor_of_a_replicated_one_is_copied(torch: Any, mesh: Any) -> None:
+    local = torch.tensor(1.5)
+    found = to_copy("loss", distributed_tensor(mesh, local, "replicated"))
+    assert (type(found), found.data_ptr()) == (torch.Tensor, local.data_ptr())
+
+
+def test_what_a_collective_has_not_ended_is_refused(torch: Any, mesh: Any) -> None:
+    collectives = importlib.import_module("torch.distributed._functional_collectives")
+    total = collectives.all_reduce(torch.tensor(1.0), "sum", mesh)
+    try:
+        assert refusal(to_float, "loss", total) == (
+            "unfinished collective",
+            "'loss' is the result of a collective operation that may not have ended: log tensor.wait()",
+        )
+    finally:
+        total.wait()
 
 
 # --- steps

@@ -66,7 +66,10 @@ class TorchMemory:
                 # Mixed, they would become the widest of their types: float32 for an int64 among them.
                 single = [one.to(torch.float64) for one in single]
             whole = torch.stack(single) if len(single) > 1 else single[0].reshape(1)
-            return whole.to(torch.float64)
+            values = whole.to(torch.float64)
+            # RuntimeError of what has no memory, such as a tensor inside of torch.vmap: it would never land.
+            values.data_ptr()
+            return values
 
     def send(self, row: int, gathered: Any) -> None:
         """One copy, of whatever number of values."""
