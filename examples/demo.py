@@ -69,7 +69,9 @@ def main() -> int:
         run = json.loads(trackagent([*show, "--json"], environment, quiet=True))
         if run["start_time_ns"] < began_ns:
             fail("the run that was just trained is not in the store")
-        trackagent([*show, "--key", "train/loss", "--key", "test/accuracy"], environment)
+        drawn = ("train/loss", "test/accuracy", "system/cpu/percent", "process/cpu*")
+        keys = [word for key in drawn for word in ("--key", key)]
+        trackagent([*show, *keys], environment)
 
         phase(3, "whether all of it arrived")
         complete = compare(run, options)

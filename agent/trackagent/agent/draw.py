@@ -73,10 +73,16 @@ class _Scale:
 
 
 def draw(
-    title: str, curves: Sequence[Curve], *, width: int = 80, rows: int = 12, log: bool = False
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    width: int = 80,
+    rows: int = 12,
+    log: bool = False,
+    axis: str = "step",
 ) -> Text:
     """The curves in at most `width` columns: title, `rows` rows, axis, legend. log: the y axis is
-    logarithmic."""
+    logarithmic. axis: what stands at the end of the x axis, up to four letters."""
     drawable = [_drawable(curve, log) for curve in curves]
     xs = [curve.x for curve in curves if len(curve.x)]
     ys = [curve.y[good] for curve, good in zip(curves, drawable, strict=True) if good.any()]
@@ -114,7 +120,7 @@ def draw(
         cells.append_row(out, row, full=row in ends)
         if row in ends:
             out.append(f" {ends[row]}", style="dim")
-    _append_axis(out, curves, drawable, x_scale, left, columns)
+    _append_axis(out, curves, drawable, x_scale, left, columns, axis)
     _append_legend(out, curves, drawable, left, width)
     bad = sum(
         int(len(good) - good.sum())
@@ -350,6 +356,7 @@ def _append_axis(
     scale: _Scale,
     left: int,
     columns: int,
+    name: str,
 ) -> None:
     line, words = ["─"] * columns, [" "] * (columns + left + 1)
     ticks = [
@@ -365,8 +372,8 @@ def _append_axis(
         line[column] = "┬"
         words[start : start + len(label)] = label
         free = start + len(label) + 2
-    if len(words) - free >= 4:
-        words[-4:] = "step"
+    if len(words) - free >= len(name):
+        words[-len(name) :] = name
     for curve in curves:
         if curve.heavy:
             continue

@@ -21,6 +21,7 @@ Spans = list[tuple[float, float]]
 
 # A rank's own series; not one of a process that it forked.
 _RANK = re.compile(r"rank (\d+)")
+_GPU = re.compile(r"gpu .*:(\S+)")
 
 
 def read_curves(
@@ -32,7 +33,8 @@ def read_curves(
     for one in series:
         points = store.series(run_id, one.key, one.source)
         rank = _RANK.fullmatch(one.source)
-        short = rank[1] if rank else one.source
+        numbered = rank or _GPU.fullmatch(one.source)
+        short = numbered[1] if numbered else one.source
         x, y = thinned(points.steps.astype(float), points.values)
         missing = united((g.first_step, g.last_step) for g in gaps if g.source == one.source)
         curves.append(Curve(visible(one.source), visible(short), x, y, gaps=missing))

@@ -59,6 +59,7 @@ SLICE_POINTS = 50_000
 @click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
 @click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Only that attempt's.")
 @click.option("--gaps", "of_gaps", is_flag=True, help="Print where points are missing instead.")
+@click.option("--samples", is_flag=True, help="Print what was sampled instead of what was logged.")
 def export_command(
     config: AgentConfig,
     run: str,
@@ -67,6 +68,7 @@ def export_command(
     pattern: str,
     attempt: int | None,
     of_gaps: bool,
+    samples: bool,
 ) -> int:
     """Print every stored point of a run.
 
@@ -81,6 +83,11 @@ def export_command(
     show the last one's.
 
     \b
+    With --samples: what agents sampled on the run's nodes, of their GPUs and of
+    the ranks' processes. Steps are seconds since the run began; what is not of a
+    rank has the rank -1 and the attempt 0.
+
+    \b
     With --gaps: source, attempt, reason, first_step, last_step,
     first_time_ns, last_time_ns, records. Without it, a line on stderr says
     whether there are any.
@@ -90,6 +97,7 @@ def export_command(
       trackagent export latest > points.jsonl
       trackagent export latest --gaps --format csv
       trackagent export latest --attempt 1
+      trackagent export latest --samples --key 'system/*'
       trackagent export 4f2a --format csv --output points.csv --key 'train/*'
     """
     lines = _jsonl_lines if form == "jsonl" else _csv_lines
@@ -105,10 +113,11 @@ def export_command(
             if of_gaps:
                 _write_gaps(gaps, form, out)
                 return OK
-            _warn_of_gaps(gaps)
+            if not samples:
+                _warn_of_gaps(gaps)
             if form == "csv":
                 out.write(",".join(CSV_COLUMNS) + "\n")
-            for block in store.export(run_id):
+            for block in store.export(run_id, samples=samples):
                 if attempt not in (None, block.attempt):
                     continue
                 for text in lines(block, pattern):

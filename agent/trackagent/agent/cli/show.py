@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trackagent.agent.cli import OK, NothingThere
+from trackagent.agent.cli import OK, NothingThere, samples
 from trackagent.agent.cli.options import configured, json_option, opened_store
 from trackagent.agent.cli.output import (
     LEVEL_STYLES,
@@ -55,6 +55,7 @@ _FIRST = ("loss", "perplexity", "accuracy", "acc", "reward", "grad_norm", "lr")
     metavar="PATTERN",
     help="Draw the keys that match, such as 'train/*'; may be given again.  [default: a few]",
 )
+@click.option("--samples", "all_samples", is_flag=True, help="List everything that was sampled.")
 @click.option("--log", is_flag=True, help="Draw with a logarithmic y axis.")
 @click.option("--no-curves", is_flag=True, help="Draw nothing.")
 @click.option(
@@ -70,6 +71,7 @@ def show_command(
     as_json: bool,
     run: str,
     patterns: tuple[str, ...],
+    all_samples: bool,
     log: bool,
     no_curves: bool,
     rows: int,
@@ -79,12 +81,14 @@ def show_command(
     Facts, params, tags, events, losses and series come first. RUN is a run id, the beginning
     of one (at least 4 digits), a name, or `latest` (the default). Every rank is a curve; the
     heavy line is the mean of the ranks that logged a step. Where records were refused, lines
-    are interrupted.
+    are interrupted. What agents sampled on the run's nodes, of their GPUs and of the ranks'
+    processes comes last, over the seconds since the run began.
 
     \b
     Examples:
       trackagent show
       trackagent show 4f2a --key 'train/*' --log
+      trackagent show --samples --key 'system/cpu/*' --key 'gpu/0/*'
       trackagent show latest --json | jq .lost_records
 
     \b
@@ -92,8 +96,9 @@ def show_command(
       losses {reason: records}, events [{id, time_ns, level, source, step,
       message, data}], gaps [{source, attempt, reason, first_step, last_step,
       first_time_ns, last_time_ns, records}], series [{key, source, points,
-      first_step, last_step, last_value}], damage [what of the points can no
-      longer be read]
+      first_step, last_step, last_value}], samples [the same of what was
+      sampled, steps in seconds], damage [what of the points can no longer be
+      read]
     """
     with opened_store(config) as store:
         summary = store.run(run)
@@ -103,7 +108,11 @@ def show_command(
             print_json({**_run_json(store, summary), "damage": damage})
             return OK
         series = store.series_list(summary.run_id)
+        sampled = samples.grouped(store.samples_list(summary.run_id))
         drawn = [] if no_curves else _chosen(list(_by_key(series)), patterns)
+        beside = {} if no_curves else samples.drawn(sampled, patterns)
+        if patterns and not no_curves and not drawn and not beside:
+            raise NothingThere(f"no key of this run matches {' or '.join(patterns)}")
         out = console()
         _print_facts(out, summary, store.losses(summary.run_id))
         _print_settings(out, "params", store.params(summary.run_id))
@@ -112,12 +121,15 @@ def show_command(
         gaps = store.gaps(summary.run_id)
         _print_gaps(out, gaps)
         _print_series(out, series)
-        _print_curves(out, store, summary.run_id, series, gaps, drawn, rows=rows, log=log)
-        hidden = summary.series and len(drawn) < len(_by_key(series))
+        samples.print_samples(out, sampled, every=all_samples)
+        by_key = _by_key(series)
+        chosen = {key: by_key[key] for key in drawn}
+        _print_curves(out, store, summary.run_id, chosen, gaps, rows=rows, log=log)
+        _print_curves(out, store, summary.run_id, beside, (), rows=rows, log=log, axis="s")
+        hidden = len(drawn) < len(by_key) or len(beside) < len(sampled)
         if hidden and not patterns and not no_curves:
-            out.print(
-                f"\n{len(drawn)} of {len(_by_key(series))} keys drawn; choose with --key PATTERN"
-            )
+            count = f"{len(drawn) + len(beside)} of {len(by_key) + len(sampled)}"
+            out.print(f"\n{count} keys drawn; choose with --key PATTERN")
     return OK
 
 
@@ -131,6 +143,7 @@ def _run_json(store: Reader, summary: RunSummary) -> dict[str, Any]:
         "events": [dataclasses.asdict(event) for event in store.events(run_id)],
         "gaps": [dataclasses.asdict(gap) for gap in store.gaps(run_id)],
         "series": [dataclasses.asdict(one) for one in store.series_list(run_id)],
+        "samples": [dataclasses.asdict(one) for one in store.samples_list(run_id)],
     }
 
 
@@ -239,22 +252,22 @@ def _print_curves(
     out: Console,
     store: Reader,
     run_id: str,
-    series: Sequence[SeriesInfo],
+    by_key: dict[str, list[SeriesInfo]],
     gaps: Sequence[RunGap],
-    keys: Sequence[str],
     *,
     rows: int,
     log: bool,
+    axis: str = "step",
 ) -> None:
-    by_key = _by_key(series)
     # Not at the top: `show --json` does without.
     from trackagent.agent.cli.curves import read_curves
     from trackagent.agent.draw import draw
 
-    for key in keys:
-        curves = read_curves(store, run_id, by_key[key], gaps)
+    for key, series in by_key.items():
+        curves = read_curves(store, run_id, series, gaps)
         out.print()
-        out.print(draw(visible(key), curves, width=columns(), rows=rows, log=log), end="")
+        drawing = draw(visible(key), curves, width=columns(), rows=rows, log=log, axis=axis)
+        out.print(drawing, end="")
 
 
 def _by_key(series: Sequence[SeriesInfo]) -> dict[str, list[SeriesInfo]]:
@@ -265,13 +278,9 @@ def _by_key(series: Sequence[SeriesInfo]) -> dict[str, list[SeriesInfo]]:
 
 
 def _chosen(keys: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The keys that match a pattern; without patterns, the few that people look at first. NothingThere when
-    none matches."""
+    """The keys that match a pattern; without patterns, the few that people look at first."""
     if patterns:
-        matching = [key for key in keys if any(fnmatch.fnmatchcase(key, p) for p in patterns)]
-        if not matching:
-            raise NothingThere(f"no key of this run matches {' or '.join(patterns)}")
-        return matching
+        return [key for key in keys if any(fnmatch.fnmatchcase(key, p) for p in patterns)]
 
     def place(key: str) -> int:
         return next((i for i, part in enumerate(_FIRST) if part in key.lower()), len(_FIRST))
