@@ -84,6 +84,7 @@ def test_another_protocol_version_is_refused_with_both(served: Served, version: 
         ("start_time_ns", -1),
         ("experiment", ""),
         ("run_name", "a\nb"),
+        ("sampled", "node a"),  # only the agent samples
     ],
 )
 def test_a_bad_identity_is_refused_with_the_field(served: Served, name: str, value: Any) -> None:

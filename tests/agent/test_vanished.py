@@ -100,6 +100,13 @@ def test_one_that_is_connected_goes_on(node: Node) -> None:
     assert node.not_ended() == [ID]
 
 
+def test_what_is_sampled_has_no_journal_and_goes_on(node: Node) -> None:
+    node.spool.open_producer(producer(1, sampled="node host-a"), {}).result()
+    for _ in range(3):
+        node.look_after(GONE_S)
+    assert node.not_ended() == [producer(1).producer_id]
+
+
 def test_one_that_has_its_journal_goes_on(node: Node, folders: Folders) -> None:
     held = journal(folders)
     for _ in range(3):

@@ -148,8 +148,11 @@ class Pipeline(threading.Thread):
         )
         now = time.time_ns()
         infos = [info for info, _ in producers]
-        ids = [info.producer_id for info in infos]
-        ended = [info.producer_id for info, has_ended in producers if has_ended]
+        # Samples that are gone are counted; the runs hear of it by what they logged themselves.
+        ids = [info.producer_id for info in infos if not info.sampled]
+        ended = [
+            info.producer_id for info, has_ended in producers if has_ended and not info.sampled
+        ]
         # Dead letters keep their ids: they may yet be delivered.
         bounds = [last, *(number for number in aside if last < number <= cursor), cursor + 1]
         gone = [(at + 1, to - 1) for at, to in pairwise(bounds) if to - at > 1]
@@ -157,7 +160,7 @@ class Pipeline(threading.Thread):
             batch = Batch(BatchId(origin, first, end), infos)
             if (first, end) == gone[-1]:
                 events = [EventData(id_, now, "error", message) for id_ in ids]
-                losses = [Loss(id_, GONE, 1, more=True) for id_ in ids]
+                losses = [Loss(info.producer_id, GONE, 1, more=True) for info in infos]
                 ends = [ProducerEnd(id_, now, "killed", _END_GONE, -1) for id_ in ended]
                 batch = replace(batch, events=events, losses=losses, ends=ends)
             self._sink.deliver(batch)
