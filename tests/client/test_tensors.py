@@ -1,4 +1,5 @@
-"""Tensors as values and steps: which are taken, and with which words others are refused."""
+"""The real torch. Tensors as values and steps: which are taken, and with which words others are refused; what
+the client looks for in it without a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from trackagent.client.errors import ValueRefused
+from trackagent.client.torchmemory import TorchMemory
 from trackagent.client.values import to_copy, to_float, to_step
 
 pytestmark = pytest.mark.skipif(find_spec("torch") is None, reason="torch is in the demo extra")
@@ -154,3 +156,18 @@ def test_a_whole_number_is_a_step(torch: Any) -> None:
 def test_another_number_is_no_step(torch: Any) -> None:
     message = "the step tensor(1.5000) is no whole number"
     assert refusal(to_step, torch.tensor(1.5)) == ("bad step", message)
+
+
+# --- its memory
+
+
+def test_without_a_gpu_its_memory_is_not_read_and_cuda_stays_as_it_is(torch: Any) -> None:
+    assert TorchMemory({"torch": torch}, lambda: 100.0).read() == {}
+    assert not torch.cuda.is_initialized()
+
+
+def test_it_has_what_its_memory_is_read_by(torch: Any) -> None:
+    assert (
+        torch.cuda.memory_stats_as_nested_dict(0) == {}
+    )  # what it gives until CUDA is initialised
+    assert callable(torch.cuda.get_allocator_backend)

@@ -32,6 +32,7 @@ from trackagent.client.journal import Journal, Lane
 from trackagent.client.record import Kind
 from trackagent.client.refusals import Refusals
 from trackagent.client.sender import Sender
+from trackagent.client.torchmemory import TorchMemory
 
 if TYPE_CHECKING:
     from trackagent.client.identity import Identity
@@ -89,6 +90,7 @@ class Run:
         strict: bool = False,
         on_finish: Callable[[float], None] = lambda deadline: None,
         rings: device.Rings = device.rings,
+        torch_memory: TorchMemory | None = None,
     ) -> None:
         self.id = who.run_id
         self.attempt = who.attempt
@@ -103,6 +105,7 @@ class Run:
         self._strict = strict
         self._on_finish = on_finish
         self._rings = rings
+        self._torch_memory = torch_memory or TorchMemory()
         self._last_step = -1
         self._params: dict[str, str] = {}
         self._warned: set[tuple[str, str]] = set()
@@ -458,6 +461,31 @@ class Run:
         finally:
             self._looking.release()
 
+    def _read_torch_memory(self) -> dict[str, float]:
+        # Without a sender's thread of its own this is a thread of the training's; before the first step, a
+        # record would begin the curves at a step of ours.
+        if self._sender is None or self._last_step < 0:
+            return {}
+        try:
+            return self._torch_memory.read()
+        except Exception as error:
+            problem = (
+                f"torch cannot say what it has allocated ({error!r}): it is not asked any more"
+            )
+            self._warn("torch memory", "cuda", problem)
+            return {}
+
+    def _journal_torch_memory(self, lane: Lane, memory: dict[str, float]) -> None:
+        """At the last step: a step under way that never ends must not look like one that has."""
+        if not memory:
+            return
+        step = self._last_step
+        try:
+            self._journal.write_metrics(lane, memory, step=step, time_ns=time_ns())
+            lane.state.records += 1
+        except TrackagentError as error:
+            self._lose(error.reason, step, str(error))
+
     def _lose(self, reason: str, step: int, problem: str) -> None:
         """Counts a record that `log()` took and that did not come."""
         self._refusals.add(reason, step, self._journal.records)
@@ -575,13 +603,15 @@ class Run:
     def _housekeep(self) -> None:
         """On the sender's thread, every flush interval."""
         self._emit_warnings()
-        if self._in_flight.is_worth_a_look or self._refusals.unwritten:
+        memory = self._read_torch_memory()
+        if memory or self._in_flight.is_worth_a_look or self._refusals.unwritten:
             try:
                 lane = self._take()
             except IndexError:
                 return
             try:
                 self._journal_landed(lane)
+                self._journal_torch_memory(lane, memory)
                 # Without room now, the counts are written when there is.
                 with contextlib.suppress(TrackagentError):
                     self._refusals.write(self._journal, lane)
