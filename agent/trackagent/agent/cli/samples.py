@@ -34,9 +34,13 @@ _FIRST = (
     "cgroup/memory/*percent",
     "torch/*allocated*",
     "system/load_1m",
-    "system/cpu/*",
-    "system/memory/*",
+    "system/cpu/iowait_percent",
+    "system/memory/used_bytes",
+    "system/disk/*/*_bytes_per_second",
+    "system/network/*/*_bytes_per_second",
+    "infiniband/*_bytes_per_second",
     "process/*",
+    "system/*",
 )
 # ... and drawn beside the curves of the training.
 _DRAWN = ("gpu/*/utilization_percent", "system/cpu/percent", "process/cpu*percent")

@@ -20,8 +20,8 @@ _SECOND_NS = 1_000_000_000
 _ALL = (-(2**63), 2**63 - 1)
 _NO_RANK = -1  # of what a node sampled
 
-_LOGGED = "p.run = ? AND p.sampled = ''"
-_SAMPLED = "p.run = ? AND p.sampled <> '' AND t.last_step >= ? AND t.first_step <= ?"
+_LOGGED = "p.sampled = ''"
+_SAMPLED = "p.sampled <> '' AND t.last_step >= ? AND t.first_step <= ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,17 @@ class Window:
     own: bool
 
 
-def windows(connection: sqlite3.Connection, run: int) -> list[Window]:
+def windows(connection: sqlite3.Connection, run: int, node: str | None = None) -> list[Window]:
     """Where the samples of a run lie: in itself, without bounds, and in the runs of the nodes where its ranks
-    were, from the first one's start there to the last one's end, or open while one has not ended."""
+    were, or of one of them, from the first one's start there to the last one's end, or open while one has not
+    ended."""
     found = [Window(run, *_ALL, own=True)]
     nodes = connection.execute(
         "SELECT node, min(start_time_ns),"
         " CASE WHEN count(*) = count(end_time_ns) THEN max(end_time_ns) END FROM producers"
-        " WHERE run = ? AND sampled = '' AND NOT forked GROUP BY node ORDER BY node",
-        (run,),
+        " WHERE run = ?1 AND sampled = '' AND NOT forked AND (?2 IS NULL OR node = ?2)"
+        " GROUP BY node ORDER BY node",
+        (run, node),
     ).fetchall()
     for node, start_ns, end_ns in nodes:
         row = connection.execute(
@@ -119,7 +121,7 @@ def times(connection: sqlite3.Connection, run: int) -> list[tuple[int, int, int]
 
 def logged(connection: sqlite3.Connection, run: int, source: str | None = None) -> list[Stream]:
     """The streams that a run's ranks logged, or those of one source."""
-    return _streams(connection, _LOGGED, (run,), source)
+    return _streams(connection, run, source, _LOGGED)
 
 
 def sampled(connection: sqlite3.Connection, run: int, source: str | None = None) -> list[Stream]:
@@ -129,7 +131,7 @@ def sampled(connection: sqlite3.Connection, run: int, source: str | None = None)
         "SELECT coalesce(start_time_ns, 0) FROM runs WHERE id = ?", (run,)
     ).fetchone()
     found = []
-    for window in windows(connection, run):
+    for window in windows(connection, run, _node_of(source)):
         bounds = window.first, window.last
         found += [
             Stream(
@@ -144,23 +146,39 @@ def sampled(connection: sqlite3.Connection, run: int, source: str | None = None)
                 None if window.own else bounds,
                 start_ns // _SECOND_NS,
             )
-            for stream in _streams(connection, _SAMPLED, (window.run, *bounds), source)
+            for stream in _streams(connection, window.run, source, _SAMPLED, bounds)
         ]
     return found
 
 
+def _node_of(source: str | None) -> str | None:
+    """The node that a source names, so that of thousands one is looked at. None: it may be of any."""
+    kind, _, rest = (source or "").partition(" ")
+    if kind == "rank":
+        return ""  # of the run itself
+    return {"node": rest, "gpu": rest.rpartition(":")[0]}.get(kind)
+
+
 def _streams(
-    connection: sqlite3.Connection, where: str, values: tuple[int, ...], source: str | None
+    connection: sqlite3.Connection,
+    run: int,
+    source: str | None,
+    where: str,
+    values: tuple[int, ...] = (),
 ) -> list[Stream]:
-    if source is not None:
-        # By its row: what else lies in the run is not looked at.
-        where += " AND p.source = (SELECT id FROM sources WHERE run = ? AND source = ?)"
+    of: tuple[int | str, ...] = (run,)
+    if source is None:
+        where = f"p.run = ? AND {where}"
+    else:
+        # Found by its own index: a run may have thousands of others.
+        where = f"p.source = (SELECT id FROM sources WHERE run = ? AND source = ?) AND {where}"
+        of = run, source
     rows = connection.execute(
         "SELECT t.id, p.producer_id, k.id, k.keys, s.source, p.rank, p.attempt, t.points FROM producers p"
         " JOIN sources s ON s.id = p.source JOIN streams t ON t.producer = p.id"
         f" JOIN keysets k ON k.id = t.keyset WHERE {where}"
         " ORDER BY p.attempt, p.rank, p.start_time_ns, t.id",
-        (*values, *(() if source is None else (values[0], source))),
+        (*of, *values),
     )
     return [
         Stream(id_, producer, keyset, tuple(keys.split("\n")), *rest)
