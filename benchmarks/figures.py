@@ -25,6 +25,10 @@ class BenchmarkError(Exception):
     """Something could not be measured; the message says why."""
 
 
+class NotOnThisMachine(BenchmarkError):
+    """What is to be measured is not here, which is no failure."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One row of the table. budget: the largest or, with `at_least`, the smallest value that keeps the

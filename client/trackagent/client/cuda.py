@@ -52,26 +52,27 @@ class TorchMemory:
                 (rows, width), dtype=torch.float64, device="cpu", pin_memory=pinned
             )
         self._rows = self._host.unbind()
+        self._singles = self._host[:, 0].unbind()
         # It does not keep the tensor alive: this object has both.
         words = (ctypes.c_uint64 * (rows * width)).from_address(self._host.data_ptr())
         self.words = memoryview(words).cast("B").cast("Q")
 
     def gather(self, tensors: Sequence[Any]) -> Any:
-        """One kernel for all that are of one type, and one more to make them float64."""
+        """One kernel for all that are of one type, and one more to make them float64. Of a single tensor the
+        result has no dimension."""
         torch = self._torch
-        with torch.no_grad():
-            single = [one.reshape(()) if one.dim() else one for one in tensors]
-            kinds = {one.dtype for one in single}
-            if len(kinds) > 1:
-                # Mixed, they would become the widest of their types: float32 for an int64 among them.
-                single = [one.to(torch.float64) for one in single]
-            whole = torch.stack(single) if len(single) > 1 else single[0].reshape(1)
-            values = whole.to(torch.float64)
-            # RuntimeError of what has no memory, such as a tensor inside of torch.vmap: it would never land.
-            values.data_ptr()
-            return values
+        # Detached: else the ring would take part in autograd, and keep its graphs.
+        plain = [one.detach() if one.requires_grad else one for one in tensors]
+        plain = [one.reshape(()) if one.dim() else one for one in plain]
+        if len({one.dtype for one in plain}) > 1:
+            # Mixed, they would become the widest of their types: float32 for an int64 among them.
+            plain = [one.to(torch.float64) for one in plain]
+        values = (torch.stack(plain) if len(plain) > 1 else plain[0]).to(torch.float64)
+        # RuntimeError of what has no memory, such as a tensor inside of torch.vmap: it would never land.
+        values.data_ptr()
+        return values
 
     def send(self, row: int, gathered: Any) -> None:
         """One copy, of whatever number of values."""
-        with self._torch.no_grad():
-            self._rows[row][: len(gathered)].copy_(gathered, non_blocking=True)
+        target = self._rows[row][: len(gathered)] if gathered.dim() else self._singles[row]
+        target.copy_(gathered, non_blocking=True)
