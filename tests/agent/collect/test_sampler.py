@@ -39,7 +39,7 @@ def started(spool: Spool) -> Iterator[START]:
                 dict.fromkeys(makes, 1.0),
                 Here(),
                 Active(spool),
-                Recorder(spool, "a"),
+                Recorder(spool, "a", hold_s=0.0),
                 makes=makes,
                 patience_s=patience_s,
                 backoff_s=backoff_s,

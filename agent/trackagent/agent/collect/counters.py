@@ -21,18 +21,18 @@ _MIN_SECONDS = 0.1
 
 class KernelFile:
     """A file of /proc, /sys or a control group, kept open: each `read` has it written anew. OSError, also at
-    construction."""
+    construction. in_pieces: the kernel gives it a page at a time, as it does with lists of devices."""
 
-    def __init__(self, path: Path, max_bytes: int = 64 * 1024) -> None:
+    def __init__(self, path: Path, max_bytes: int = 64 * 1024, *, in_pieces: bool = False) -> None:
         self._max_bytes = max_bytes
+        self._in_pieces = in_pieces
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close = weakref.finalize(self, os.close, self._descriptor)
 
     def read(self) -> bytes:
         """Its content, cut off at the number of bytes given."""
         data = os.pread(self._descriptor, self._max_bytes, 0)
-        # Lists come in pieces of a page.
-        while 0 < len(data) < self._max_bytes:
+        while self._in_pieces and 0 < len(data) < self._max_bytes:
             more = os.pread(self._descriptor, self._max_bytes - len(data), len(data))
             if not more:
                 break

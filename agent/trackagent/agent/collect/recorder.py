@@ -5,7 +5,10 @@ once. The id of a source's producer follows from the spool and the source; an ag
 on with the same one. What cannot be kept, since the spool is full or does not answer, is counted as lost and
 never waited for.
 
-Threads: `record` may be called from several, for one source from several too; `end_others` from one.
+The first sample of a source is kept at once, later ones some seconds together: in the spool and in a store
+it is the pieces that cost, not what they hold. An agent that is killed takes what it holds with it.
+
+Threads: `record` may be called from several, for one source from several too; the rest from one.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
 import sqlite3
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -32,8 +37,12 @@ logger = logging.getLogger(__name__)
 
 # The experiment of what is sampled on nodes; no run of anybody's.
 EXPERIMENT = "trackagent-nodes"
-# What of one source may be on its way to the disk.
-MAX_UNDER_WAY = 16
+# How long samples are held to be kept together, and how many bytes of one source.
+HOLD_S = 5.0
+SOON_S = 0.5  # a sample that comes a little earlier than the one before goes along
+MAX_HELD_BYTES = 256 * 1024
+# How many pieces of one source may be on their way to the disk.
+MAX_UNDER_WAY = 4
 # Remembered of one source, those without a schema id too.
 MAX_KEY_SETS = 2 * record.MAX_SCHEMAS
 # How long the spool may take to make a new source known.
@@ -57,22 +66,33 @@ class _Source:
         self.lock = threading.Lock()
         # Key sets and their schema ids; None: no id is left, and the names go with each record.
         self.schemas: dict[tuple[str, ...], int | None] = {}
-        # The ids whose keys are committed. Until then they go with each record.
+        # The ids whose keys are committed. Until then they go with each piece.
         self.known: set[int] = set()
+        # Records that are not yet on their way, and the ids that they use; since when, by time.monotonic().
+        self.held: list[bytes] = []
+        self.held_ids: set[int] = set()
+        self.held_bytes = 0
+        self.sent_at = -math.inf
         self.under_way = 0
         self.lost: Counter[str] = Counter()
 
 
 class Recorder:
     """Keeps samples of the node `node` in `spool`. claim: asked, with run and producer, before a producer is
-    made known (Access.claim_own)."""
+    made known (Access.claim_own). hold_s: how long samples are held."""
 
     def __init__(
-        self, spool: Spool, node: str, *, claim: Callable[[str, bytes], None] | None = None
+        self,
+        spool: Spool,
+        node: str,
+        *,
+        claim: Callable[[str, bytes], None] | None = None,
+        hold_s: float = HOLD_S,
     ) -> None:
         self._spool = spool
         self._node = node
         self._claim = claim
+        self._hold_s = hold_s
         self._lock = threading.Lock()
         self._origin = ""
         self._sources: dict[bytes, _Source] = {}
@@ -131,19 +151,43 @@ class Recorder:
                 if not source.open:
                     self._open(source)
             with source.lock:
-                if source.under_way >= MAX_UNDER_WAY:
-                    raise TimeoutError(f"{MAX_UNDER_WAY} samples are waiting")
-                schema_id, encoded = _encoded(source, time_ns, values)
-                source.under_way += 1
+                _hold(source, time_ns, values)
         except (FutureTimeout, TimeoutError, AgentError, sqlite3.Error) as error:
             logger.debug("cannot keep a sample of %s: %s", source.info.source, error)
             with source.lock:
                 source.lost[_reason(error)] += 1
             return
+        if time.monotonic() - source.sent_at >= self._hold_s - SOON_S:
+            self._send(source)
+
+    def send_due(self, *, all_held: bool = False) -> None:
+        """Sends on its way what is held for long, or everything: of a source that is sampled no more, nobody
+        else does."""
+        due = time.monotonic() - self._hold_s - SOON_S
+        with self._lock:
+            sources = list(self._sources.values())
+        for source in sources:
+            if source.held and (all_held or source.sent_at < due):
+                self._send(source)
+
+    def _send(self, source: _Source) -> None:
+        with source.lock:
+            records, ids = source.held, source.held_ids
+            source.held, source.held_ids, source.held_bytes = [], set(), 0
+            source.sent_at = time.monotonic()
+            if not records:
+                return
+            if source.under_way >= MAX_UNDER_WAY:
+                source.lost[SLOW] += len(records)
+                return
+            source.under_way += 1
+            keys = {id_: keys for keys, id_ in source.schemas.items() if id_ in ids - source.known}
+        now = time.time_ns()
+        schemas = [record.encode_schema(id_, keys[id_], time_ns=now) for id_ in sorted(keys)]
         # Not under a lock: the spool's thread takes it to say that it is done.
-        self._spool.append_next(source.info.producer_id, encoded).add_done_callback(
-            lambda done: self._appended(source, schema_id, done)
-        )
+        self._spool.append_next(
+            source.info.producer_id, b"".join(schemas + records)
+        ).add_done_callback(lambda done: self._appended(source, len(records), ids, done))
 
     def _open(self, source: _Source) -> None:
         """Makes the source known, and learns what its schema ids mean: an earlier agent has used some."""
@@ -153,22 +197,24 @@ class Recorder:
         self._spool.open_producer(info, {}).result(PATIENCE_S)
         known = self._spool.schemas_of(info.producer_id).result(PATIENCE_S)
         with source.lock:
+            if source.held:  # under ids that another spool knew
+                source.lost[FAILED] += len(source.held)
+                source.held, source.held_ids, source.held_bytes = [], set(), 0
             source.known = set(known)
             source.schemas = {keys: schema_id for schema_id, keys in known.items()}
         source.open = True
 
-    def _appended(self, source: _Source, schema_id: int | None, done: Future[int]) -> None:
+    def _appended(self, source: _Source, records: int, ids: set[int], done: Future[int]) -> None:
         """On the spool's thread."""
         error = done.exception()
         with source.lock:
             source.under_way -= 1
             if error is not None:
-                source.lost[_reason(error)] += 1
+                source.lost[_reason(error)] += records
                 if isinstance(error, UnknownProducer):
                     source.open = False  # the spool was damaged, and is another one
                 return
-            if schema_id is not None:
-                source.known.add(schema_id)
+            source.known |= ids
             lost, source.lost = source.lost, Counter()
         if lost:
             encoded = notices.lost_samples(lost)
@@ -187,17 +233,26 @@ class Recorder:
         self._learn_origin()
         ours = {self._id(f"rank {info.producer_id.hex()}") for info in here if not info.sampled}
         run_id = node_run_id(self._node)
+
+        def is_over(info: ProducerInfo) -> bool:
+            return info.producer_id not in ours and info.run_id != run_id
+
+        with self._lock:
+            over = [source for source in self._sources.values() if is_over(source.info)]
+            for source in over:
+                del self._sources[source.info.producer_id]
+        for source in over:
+            self._send(source)
         for info in here:
-            if not info.sampled or info.producer_id in ours or info.run_id == run_id:
-                continue
-            self._spool.end_producer(info.producer_id)
-            with self._lock:
-                self._sources.pop(info.producer_id, None)
+            if info.sampled and is_over(info):
+                self._spool.end_producer(info.producer_id)
 
 
-def _encoded(source: _Source, time_ns: int, values: dict[str, float]) -> tuple[int | None, bytes]:
-    """The schema id and the record of these values, behind that of the schema where it may not be known."""
+def _hold(source: _Source, time_ns: int, values: dict[str, float]) -> None:
+    """Adds the record of these values to what is held. TimeoutError when there is too much of it."""
     keys, step = tuple(values), time_ns // 10**9
+    if source.held_bytes > MAX_HELD_BYTES:
+        raise TimeoutError(f"{source.held_bytes} bytes of samples are waiting")
     if keys not in source.schemas:
         used = {one for one in source.schemas.values() if one is not None}
         free = (one for one in range(record.MAX_SCHEMAS) if one not in used)
@@ -206,19 +261,19 @@ def _encoded(source: _Source, time_ns: int, values: dict[str, float]) -> tuple[i
             source.schemas = {one: id_ for one, id_ in source.schemas.items() if id_ is not None}
     schema_id = source.schemas.get(keys)
     if schema_id is None:
-        return None, record.encode_named(keys, [*values.values()], step=step, time_ns=time_ns)
-    before = b""
-    if schema_id not in source.known:
-        before = record.encode_schema(schema_id, keys, time_ns=time_ns)
-    payload = struct.pack(f"<{len(keys)}d", *values.values())
-    return schema_id, before + record.encode(
-        record.Kind.METRICS,
-        payload,
-        step=step,
-        time_ns=time_ns,
-        schema_id=schema_id,
-        count=len(keys),
-    )
+        encoded = record.encode_named(keys, [*values.values()], step=step, time_ns=time_ns)
+    else:
+        source.held_ids.add(schema_id)
+        encoded = record.encode(
+            record.Kind.METRICS,
+            struct.pack(f"<{len(keys)}d", *values.values()),
+            step=step,
+            time_ns=time_ns,
+            schema_id=schema_id,
+            count=len(keys),
+        )
+    source.held.append(encoded)
+    source.held_bytes += len(encoded)
 
 
 def _reason(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from trackagent.agent.active import Active
 from trackagent.agent.collect.contract import Collector, Here, Incident, Sample, Unavailable
 from trackagent.agent.collect.recorder import Recorder
 from trackagent.agent.collect.table import COLLECTORS
+from trackagent.agent.store.contract import ProducerInfo
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Sampler:
             loop.thread.join(STOP_S)
         if self._loops:
             self._watch.join(STOP_S)
+        self._recorder.send_due(all_held=True)
 
     # --- for those who look; from any thread, without waiting
 
@@ -131,15 +133,16 @@ class Sampler:
         logger.log(level, "%s (told to %d runs)", event.message, told)
 
     def _watching(self) -> None:
-        here: object = None
+        here: Sequence[ProducerInfo] | None = None
         while not self.stopping.wait(_until_tick(WATCH_INTERVAL_S)):
             for loop in self._loops.values():
                 loop.check(self.patience_s)
             try:
                 if here is not (here := self._active.producers()):
                     self._recorder.end_others(here)
+                self._recorder.send_due()
             except Exception as error:  # noqa: BLE001 - it is tried again
-                logger.warning("cannot end what was sampled of ranks that ended: %s", error)
+                logger.warning("cannot keep samples: %s", error)
                 here = None
 
 

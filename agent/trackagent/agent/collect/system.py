@@ -102,12 +102,12 @@ class System:
             self._stat = KernelFile(here.proc / "stat", 256 * 1024)
             self._load = KernelFile(here.proc / "loadavg")
             self._memory = KernelFile(here.proc / "meminfo")
-            self._network = KernelFile(here.proc / "net" / "dev")
+            self._network = KernelFile(here.proc / "net" / "dev", in_pieces=True)
         except OSError as error:
             raise Unavailable(f"no figures of this system: {error}") from None
         self._disks: KernelFile | None = None
         try:
-            self._disks = KernelFile(here.proc / "diskstats", 256 * 1024)
+            self._disks = KernelFile(here.proc / "diskstats", 256 * 1024, in_pieces=True)
         except OSError:
             pass  # a system without disks of its own
         # Jiffies busy and in all of each core, the first for all together.
