@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import pytest
 
 from tests.client.devices import DeviceTensor, FakeDevices, fail
+from tests.fakes import in_a_forked_process
 from trackagent.client.device import EMPTY, ROWS, WIDTH, InFlight, Rings, are_whole
 from trackagent.client.errors import ValueRefused
 
@@ -343,9 +344,12 @@ def test_calls_in_many_threads_come_once_each(in_flight: InFlight, devices: Fake
 
 
 def test_a_forked_child_has_rings_of_its_own(rings: Rings, devices: FakeDevices) -> None:
-    parents = InFlight(rings, None)
-    fill(parents)
-    rings.forget()
-    queue(InFlight(rings, None), 0, 1.0)
-    assert devices.allocated == ["cuda:0", "cuda:0"]
-    assert devices.copies[-1].words is not devices.copies[0].words
+    fill(InFlight(rings, None))
+
+    def child() -> tuple[int, list[str], bool]:
+        inherited = len(rings.all())
+        queue(InFlight(rings, None), 0, 1.0)
+        return inherited, devices.allocated, devices.copies[-1].words is devices.copies[0].words
+
+    assert in_a_forked_process(child) == (0, ["cuda:0", "cuda:0"], False)
+    assert len(rings.all()) == 1

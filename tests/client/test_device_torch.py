@@ -168,6 +168,15 @@ def test_a_tensor_without_a_value_is_refused_by_name(torch: Any) -> None:
     )
 
 
+def test_no_code_of_a_tensors_class_runs_when_it_is_copied(torch: Any, in_flight: InFlight) -> None:
+    def intercept(cls: type, function: Any, *arguments: Any) -> Any:
+        raise AssertionError(function)
+
+    members = {"is_cuda": True, "__torch_function__": classmethod(intercept)}
+    subclass = type("Intercepting", (torch.Tensor,), members)
+    assert through(in_flight, v=torch.tensor(0.5).as_subclass(subclass)) == {"v": 0.5}
+
+
 def test_what_cannot_be_copied_takes_no_room(torch: Any, on_gpu: Any, in_flight: InFlight) -> None:
     reasons = set()
 

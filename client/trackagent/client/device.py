@@ -13,7 +13,9 @@ has landed. A forked child has no part in its parent's rings.
 
 from __future__ import annotations
 
+import os
 import struct
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +103,7 @@ class Rings:
         self._rings: dict[Any, Ring] = {}
         self._problems: dict[Any, RuntimeError] = {}
         self._parents: list[dict[Any, Ring]] = []
+        _all_rings.add(self)
 
     def ring(self, device: Any) -> Ring:
         """The device's ring. ValueRefused while a graph is being captured there, or when it cannot be had."""
@@ -132,11 +135,22 @@ class Rings:
         """Those made so far."""
         return list(self._rings.values())
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """In a forked child: leaves the parent's rings alone. They are kept, since to free them would call
         the device's library, which does not survive a fork."""
         self._parents.append(self._rings)
         self._rings, self._problems = {}, {}
+
+
+_all_rings: weakref.WeakSet[Rings] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for one in list(_all_rings):
+        one._forget()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @dataclass(slots=True)

@@ -628,7 +628,6 @@ class Run:
         self._on_finish = lambda deadline: None
         self._opening = threading.RLock()
         # The parent's values come to the parent.
-        self._rings.forget()
         self._in_flight = device.InFlight(self._rings, None)
         self._journal.abandon_in_child()
 

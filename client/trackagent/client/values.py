@@ -92,25 +92,30 @@ def is_on_gpu(value: Any) -> bool:
 def to_copy(key: str, value: Any) -> Any:
     """The plain tensor of one real number that a copy of `value`, a tensor on a GPU, is to be made of."""
     try:
-        tensor = _local(key, value)
+        tensor = _plain(key, _local(key, value))
         if tensor.numel() != 1:
             raise _no_number(key, value, f"of shape {tuple(tensor.shape)}")
         if tensor.is_complex():
             raise _no_number(key, value, f"of {tensor.dtype}")
-        torch: Any = sys.modules.get("torch")
-        usual = torch.Tensor.__torch_dispatch__ if torch else None
-        is_plain = getattr(type(tensor), "__torch_dispatch__", usual) is usual
     except ValueRefused:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the value's own code raises
         raise _no_number(key, value, f"which fails with {_shown(error)}") from None
-    if not is_plain:
+    return tensor
+
+
+def _plain(key: str, tensor: Any) -> Any:
+    """The tensor without its class: no code of the class runs when it is copied."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or type(tensor) is torch.Tensor or not isinstance(tensor, torch.Tensor):
+        return tensor
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise ValueRefused(
             "device tensor",
             f"{key!r} is a {type(tensor).__name__}, whose value need not lie in memory: log a plain tensor, "
             "or tensor.item()",
         )
-    return tensor
+    return tensor.as_subclass(torch.Tensor)
 
 
 def _local(key: str, tensor: Any) -> Any:
