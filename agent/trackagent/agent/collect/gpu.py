@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 
+from trackagent.agent.collect.amd import Amd
 from trackagent.agent.collect.contract import Here, Unavailable
 from trackagent.agent.collect.metrics import Metric
 from trackagent.agent.collect.nvml import Nvml
@@ -14,11 +16,43 @@ _MEMORY = "nvmlDeviceGetMemoryInfo"
 _LINK_ERRORS = "field values `NVLINK_…`, all links; every 10 s"
 
 
+# By key, what amdsmi_get_… gives it.
+OF_AMD = {
+    "utilization_percent": "gpu_activity",
+    "memory_utilization_percent": "gpu_activity",
+    "decoder_percent": "gpu_activity, of the multimedia engine",
+    "memory_used_bytes": "gpu_memory_usage",
+    "memory_free_bytes": "gpu_memory_total",
+    "memory_total_bytes": "gpu_memory_total",
+    "memory_used_percent": "gpu_memory_usage",
+    "power_watts": "power_info",
+    "power_limit_watts": "power_cap_info, every 10 s",
+    "power_mean_watts": "energy_count",
+    "energy_joules_total": "energy_count",
+    "temperature_celsius": "temp_metric, of the hotspot",
+    "memory_temperature_celsius": "temp_metric",
+    "sm_clock_mhz": "clock_info",
+    "memory_clock_mhz": "clock_info",
+    "throttled/power_percent": "violation_status, every 10 s",
+    "throttled/thermal_percent": "violation_status, every 10 s",
+    "fan_percent": "gpu_fan_speed",
+    "pcie_generation": "pcie_info",
+    "pcie_width_lanes": "pcie_info",
+    "pcie_replays_total": "pcie_info",
+    "ecc_corrected_errors_total": "gpu_total_ecc_count",
+    "ecc_uncorrected_errors_total": "gpu_total_ecc_count",
+    "retired_pages": "gpu_bad_page_info, every 10 s",
+    "processes": "gpu_process_list",
+}
+
+
 def _gpu(
     key: str, unit: str, meaning: str, source: str, mlflow: str = "", wandb: str = ""
 ) -> Metric:
     mlflow = mlflow and f"system/gpu_{{gpu}}_{mlflow}"
     wandb = wandb and f"gpu.{{gpu}}.{wandb}"
+    if key in OF_AMD:
+        source = "; ".join(filter(None, (source, f"AMD: {OF_AMD[key]}")))
     return Metric(f"gpu/{{gpu}}/{key}", unit, meaning, source, mlflow, wandb)
 
 
@@ -182,6 +216,7 @@ METRICS = (
         "since the card was made",
         _field("ECC_DBE_AGG_TOTAL", _RARE),
     ),
+    _gpu("retired_pages", "pages", "of memory, for their errors", ""),
     _gpu("retired_pages_single_bit", "pages", "up to Volta", _field("RETIRED_SBE", _RARE)),
     _gpu("retired_pages_double_bit", "pages", "up to Volta", _field("RETIRED_DBE", _RARE)),
     _gpu("retired_pages_pending", "0 or 1", "reset needed", _field("RETIRED_PENDING", _RARE)),
@@ -205,14 +240,36 @@ METRICS = (
 )
 
 
-def make(here: Here) -> Nvml:
-    """Raises Unavailable where there is no driver or no GPU."""
+def make(here: Here) -> Nvml | Amd:
+    """Of NVIDIA where there are such, else of AMD: a node has one kind. Raises Unavailable where there is no
+    driver or no GPU."""
+    reasons = []
+    for made in (_nvidia, _amd):
+        try:
+            return made(here)
+        except Unavailable as error:
+            reasons.append(str(error))
+    raise Unavailable("; ".join(reasons))
+
+
+def _nvidia(here: Here) -> Nvml:
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        # Known without the bindings, which take 10 MB.
+        # Known without the bindings, which take 14 MB.
         reason = "there is no NVIDIA driver here (no libnvidia-ml.so.1)"
         raise Unavailable(f"no readings of NVIDIA GPUs: {reason}") from None
     import pynvml
 
     return Nvml(library=pynvml)
+
+
+def _amd(here: Here) -> Amd:
+    if not (here.sys / "module" / "amdgpu").is_dir():
+        raise Unavailable("no readings of AMD GPUs: there is no AMD driver here (no amdgpu)")
+    try:
+        amdsmi = importlib.import_module("amdsmi")
+    except Exception as error:  # noqa: BLE001 - without its library it ends with whatever it comes upon
+        install = "install the amdsmi that comes with ROCm, in the agent's Python"
+        raise Unavailable(f"no readings of AMD GPUs: {error!r}; {install}") from None
+    return Amd(library=amdsmi)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from trackagent.agent.collect.contract import Incident, Sample, Unavailable
+from trackagent.agent.collect.gpu_facts import GpuFacts
 from trackagent.agent.collect.nvml_calls import (
     DRIVER_NOT_LOADED,
     FUNCTION_NOT_FOUND,
@@ -36,21 +37,6 @@ _REASONS = {
     LIB_RM_VERSION_MISMATCH: "the NVIDIA driver and its library are of different versions, as after an "
     "update: restart the node",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuFacts:
-    """What a GPU, or an instance of a partitioned one, is. gpu: as in Sample. mig_profile: `1g.10gb`, or "".
-    processes: bytes that each process had on it when they were last listed, 0 where the driver does not say.
-    lost: NVML's words where it does not answer any more, or ""."""
-
-    gpu: str
-    uuid: str
-    name: str
-    driver: str
-    mig_profile: str = ""
-    processes: dict[int, int] = field(default_factory=dict)
-    lost: str = ""
 
 
 class _Shown:
