@@ -34,6 +34,14 @@ def measure(quick: bool) -> Iterator[Figure]:
             budget=BUDGET_DRAW_MS,
             note=f"the slowest of {len(drawn)} ({name.removeprefix('ms to draw ')}), best of 7",
         )
+        found = store.find_samples(Path(folder) / "samples" / "store.db")
+        yield Figure(
+            name="an hour's samples, of four weeks",
+            value=found["ms to list an hour of samples"],
+            unit="ms",
+            note=f"{len(store.KEYS)} series listed; one drawn: {found['ms to draw one of them']:.1f} ms; "
+            "best of 7",
+        )
         if quick:
             return
         listed = store.list_runs(Path(folder) / "runs" / "store.db")

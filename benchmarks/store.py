@@ -1,4 +1,5 @@
-"""The embedded store against its budgets: bytes a point, write throughput, drawing a series, listing runs.
+"""The embedded store against its budgets: bytes a point, write throughput, drawing a series, listing runs,
+finding a run's part of what its node sampled.
 
     python benchmarks/store.py [folder]
 
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from trackagent.agent.store.contract import (
     Points,
     ProducerEnd,
     ProducerInfo,
+    node_run_id,
 )
 
 RANKS = 4
@@ -33,6 +36,8 @@ RECORDS = 262_144
 BATCH_RECORDS = 200
 LONG_POINTS = 1_000_000
 RUNS = 100_000
+SAMPLED_DAYS = 28
+SAMPLED_RUN_S = 3600
 BUCKETS = 2_000
 KEYS = (
     *("train/loss", "train/aux_loss", "train/grad_norm", "train/lr", "train/accuracy"),
@@ -173,6 +178,34 @@ def list_runs(path: Path) -> dict[str, float]:
     return {f"ms for a page of {RUNS} runs": page}
 
 
+def find_samples(path: Path) -> dict[str, float]:
+    """Figures of a run of an hour on a node that was sampled for four weeks, ten keys once a second."""
+    day_s = 86_400
+    node = replace(producer(1, node_run_id("node"), 0), sampled="node node")
+    began_s = SAMPLED_DAYS // 2 * day_s + 12_345
+    rank = replace(producer(2, "a" * 32, 0), start_time_ns=began_s * 10**9)
+    ends = [ProducerEnd(rank.producer_id, (began_s + SAMPLED_RUN_S) * 10**9, "finished", "", 0)]
+    writer = open_writer(path)
+    writer.write(Batch(BatchId("bench", 0, 0), [node, rank], ends=ends))
+    values = np.round(np.random.default_rng(1).random((len(KEYS), day_s)) * 100, 1)
+    for day in range(SAMPLED_DAYS):
+        steps = np.arange(day * day_s, (day + 1) * day_s, dtype=np.int64)
+        points = Points(node.producer_id, KEYS, steps, steps * 10**9, values)
+        writer.write(Batch(BatchId("bench", day + 1, day + 1), points=[points]))
+        writer.compact(60)
+    writer.close()
+    reader = open_reader(path)
+    assert len(reader.series("a" * 32, "epoch", "node node").steps) == SAMPLED_RUN_S + 1
+    figures = {
+        "ms to list an hour of samples": best(lambda: reader.samples_list("a" * 32)),
+        "ms to draw one of them": best(
+            lambda: reader.buckets("a" * 32, "epoch", "node node", BUCKETS)
+        ),
+    }
+    reader.close()
+    return figures
+
+
 def seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -187,7 +220,7 @@ def main() -> None:
     given = sys.argv[1] if len(sys.argv) > 1 else None
     folder = Path(tempfile.mkdtemp(prefix="store-bench-", dir=given))
     try:
-        for measure in (write_training, draw_long, list_runs):
+        for measure in (write_training, draw_long, list_runs, find_samples):
             for name, figure in measure(folder / measure.__name__ / "store.db").items():
                 print(f"{name:34} {figure:14,.2f}")
     finally:

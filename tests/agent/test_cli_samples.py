@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.agent.store.batches import OTHER_RUN, RUN, batch, end, points, producer
-from trackagent.agent.cli import main
+from trackagent.agent.cli import main, samples
 from trackagent.agent.store import open_writer
-from trackagent.agent.store.contract import Points, ProducerInfo, node_run_id
+from trackagent.agent.store.contract import Points, ProducerInfo, SeriesInfo, node_run_id
 
 START_S = 1_760_000_000
 SECOND_NS = 1_000_000_000
@@ -159,6 +159,18 @@ def test_show_as_json_has_samples_as_it_has_series(state: Path) -> None:
         "last_step": RAN_S,
         "last_value": 301.0,
     }
+
+
+def test_nothing_is_drawn_of_a_moment_or_of_more_curves_than_anyone_reads() -> None:
+    brief = SeriesInfo("system/cpu/percent", "node a", 2, 5, 5, 1.0)
+    many = [
+        SeriesInfo(f"gpu/{at}/utilization_percent", f"gpu a:{at}", 9, 0, 9, 1.0)
+        for at in range(samples.MOST_DRAWN + 1)
+    ]
+    groups = samples.grouped([brief, *many])
+    assert samples.drawn(groups, ()) == {}
+    assert list(samples.drawn(groups, ("gpu/*", "system/*"))) == [*groups]
+    assert list(samples.drawn(samples.grouped(many[1:]), ())) == ["gpu/*/utilization_percent"]
 
 
 # --- runs and export

@@ -104,3 +104,10 @@ def test_the_network_has_learned(run: dict[str, Any]) -> None:
     accuracies = [s["last_value"] for s in run["series"] if s["key"] == "test/accuracy"]
     assert len(accuracies) == RANKS
     assert min(accuracies) > 0.9
+
+
+def test_the_output_draws_what_was_sampled_meanwhile(
+    demo: subprocess.CompletedProcess[str], run: dict[str, Any]
+) -> None:
+    wanted = {"system/cpu/percent", "process/cpu/percent"}
+    assert wanted & set(demo.stdout.splitlines()) == wanted & {one["key"] for one in run["samples"]}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SHOWN_KEYS = 12
 DRAWN_KEYS = 2
+# Of one key, unless it is asked for: to read them takes 2 ms each in a run on a thousand nodes.
+MOST_DRAWN = 256
 
 Groups = dict[str, list["SeriesInfo"]]
 """Series by key; those of all GPUs under one, such as `gpu/*/power_watts`."""
@@ -58,7 +60,7 @@ def grouped(samples: Sequence[SeriesInfo]) -> Groups:
 
 def drawn(groups: Groups, patterns: Sequence[str]) -> Groups:
     """What is drawn of it: what matches a pattern; without patterns one or two that people look at first, of
-    which there is more than a moment."""
+    which there is more than a moment, and no more than MOST_DRAWN."""
     if patterns:
         found = {
             group: [one for one in of if _matches(one.key, patterns) or _matches(group, patterns)]
@@ -68,7 +70,9 @@ def drawn(groups: Groups, patterns: Sequence[str]) -> Groups:
     lasting = [
         group
         for group, of in groups.items()
-        if _matches(group, _DRAWN) and any(one.first_step < one.last_step for one in of)
+        if _matches(group, _DRAWN)
+        and len(of) <= MOST_DRAWN
+        and any(one.first_step < one.last_step for one in of)
     ]
     lasting.sort(key=lambda group: _place(group, _DRAWN))
     return {group: groups[group] for group in lasting[:DRAWN_KEYS]}

@@ -99,7 +99,7 @@ def test_samples_of_a_node_are_no_run_and_no_candidate(
     writer: Writer, reader: Reader, name: str
 ) -> None:
     writer.write(batch(1, NODE, points=[sampled(NODE, [1])], ends=[end(NODE)]))
-    assert reader.runs() == []
+    assert reader.runs() == reader.runs(experiment="samples") == []
     with pytest.raises(NotFound) as caught:
         reader.run(name)
     assert NODE_RUN not in str(caught.value).replace(repr(name), "")
