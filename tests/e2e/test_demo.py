@@ -81,7 +81,8 @@ def test_the_output_names_the_run_and_its_params(
 def test_curves_of_every_rank_and_their_mean_are_drawn(
     demo: subprocess.CompletedProcess[str],
 ) -> None:
-    legends = re.findall(r"━ (mean of 2 ranks) \S+  \S (rank 0) \S+  \S (rank 1) ", demo.stdout)
+    trained, *_ = re.split(r"^(?:system|process)/", demo.stdout, flags=re.MULTILINE)
+    legends = re.findall(r"━ (mean of 2 ranks) \S+  \S (rank 0) \S+  \S (rank 1) ", trained)
     assert legends == [("mean of 2 ranks", "rank 0", "rank 1")] * 2
 
 
