@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -108,9 +109,10 @@ def runs_of_version_5(path: Path) -> list[tuple[str, str, int, int]]:
 # --- what is read of a node that has sampled for long
 
 
-@pytest.fixture
-def sampled(path: Path) -> Path:
+@pytest.fixture(scope="module")
+def hours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A node that has sampled for hours, and a run of the twentieth, which has ended."""
+    path = tmp_path_factory.mktemp("hours") / "store.db"
     rank = producer(start_time_ns=20 * HOUR_S * SECOND_NS)
     with contextlib.closing(open_writer(path)) as writer:
         writer.write(batch(1, rank, ends=[end(rank, time_ns=(21 * HOUR_S - 1) * SECOND_NS)]))
@@ -120,6 +122,14 @@ def sampled(path: Path) -> Path:
             writer.write(batch(2 + hour, NODE, points=said))
         while writer.compact(60):
             pass
+    return path
+
+
+@pytest.fixture
+def sampled(hours: Path, path: Path) -> Path:
+    """The same in a file that may be spoiled."""
+    path.parent.mkdir(mode=0o700)
+    shutil.copy(hours, path)
     return path
 
 
