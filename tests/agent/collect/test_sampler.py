@@ -8,18 +8,22 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from tests.agent.collect.gpus import hopper
 from tests.agent.collect.sampled import Hanging, Sink, Told, here
 from tests.agent.samples import producer
 from tests.agent.spools import ID
 from tests.fakes import wait_until
+from tests.fakes_nvml import fake_nvml
 from trackagent.agent.active import Active
 from trackagent.agent.collect.contract import Collector, Here, Incident, Sample, Unavailable
+from trackagent.agent.collect.nvml import Nvml
 from trackagent.agent.collect.recorder import Recorder
-from trackagent.agent.collect.sampler import Sampler
+from trackagent.agent.collect.sampler import Latest, Sampler
 from trackagent.agent.spool import Spool
 
 START = Callable[..., Sampler]
 KEY = "system/cpu/percent"
+S = 10**9
 
 
 @pytest.fixture
@@ -72,6 +76,32 @@ def test_what_is_sampled_can_be_looked_at(started: START) -> None:
     latest = wait_until(lambda: sampler.latest().get("system"))
     assert latest.samples == (Sample({KEY: 1.0}),)
     assert sampler.states()["system"].state == "on"
+
+
+def test_what_is_read_rarely_is_shown_beside_what_is_read_every_time() -> None:
+    first = Latest(0, ()).then(10 * S, [Sample({"a": 1.0}, gpu="0"), Sample({"b": 2.0}, gpu="0")])
+    second = first.then(11 * S, [Sample({"a": 3.0}, gpu="0")])
+    assert (second.time_ns, second.samples) == (
+        11 * S,
+        (Sample({"a": 3.0, "b": 2.0}, gpu="0"),),
+    )
+    assert second.then(101 * S, [Sample({"a": 4.0}, gpu="0")]).samples == (
+        Sample({"a": 4.0}, gpu="0"),
+    )
+
+
+def test_a_source_that_is_gone_is_not_shown() -> None:
+    gpus = [Sample({"a": 1.0}, gpu=gpu) for gpu in ("0", "1")]
+    assert Latest(0, ()).then(10 * S, gpus).then(11 * S, gpus[1:]).samples == (gpus[1],)
+    assert Latest(0, ()).then(10 * S, gpus).then(11 * S, []).samples == ()
+
+
+def test_the_gpus_that_a_collector_knows_can_be_looked_at(started: START) -> None:
+    sampler = started(
+        system=Told(well),
+        gpu=lambda here: Nvml(library=fake_nvml([hopper(0), hopper(1)])),
+    )
+    wait_until(lambda: [one.gpu for one in sampler.gpus()] == ["0", "1"])
 
 
 @pytest.mark.usefixtures("opened")

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from trackagent.agent.collect.contract import Incident, Sample, Unavailable
-from trackagent.agent.collect.gpu_facts import GpuFacts
+from trackagent.agent.collect.contract import GpuFacts, Incident, Sample, Unavailable
 
 # As for NVIDIA's.
 RARELY_S = 10.0

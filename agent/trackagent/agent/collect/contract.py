@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from trackagent.agent.store.contract import ProducerInfo
 
@@ -53,6 +53,21 @@ class Here:
     clock: Callable[[], float] = time.monotonic
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    """What a GPU, or an instance of a partitioned one, is. gpu: as in Sample. mig_profile: `1g.10gb`, or "".
+    processes: bytes that each process had on it when they were last listed, 0 where the driver does not say.
+    lost: the driver's words where it does not answer any more, or ""."""
+
+    gpu: str
+    uuid: str
+    name: str
+    driver: str
+    mig_profile: str = ""
+    processes: dict[int, int] = field(default_factory=dict)
+    lost: str = ""
+
+
 class Collector(Protocol):
     """Made by its module's `make`, which raises Unavailable where there is nothing to collect."""
 
@@ -61,4 +76,14 @@ class Collector(Protocol):
 
     def sample(self) -> Sequence[Sample | Incident]:
         """How things are now. Any exception: it failed, and is asked again later. Takes milliseconds."""
+        ...
+
+
+@runtime_checkable
+class KnowsGpus(Protocol):
+    """A collector that can say what GPUs there are."""
+
+    def devices(self) -> tuple[GpuFacts, ...]:
+        """Each GPU before the instances that it is partitioned into, as they were when they were last read;
+        from any thread, without waiting."""
         ...

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from trackagent.agent.collect.contract import Incident, Sample, Unavailable
-from trackagent.agent.collect.gpu_facts import GpuFacts
+from trackagent.agent.collect.contract import GpuFacts, Incident, Sample, Unavailable
 from trackagent.agent.collect.nvml_calls import (
     DRIVER_NOT_LOADED,
     FUNCTION_NOT_FOUND,

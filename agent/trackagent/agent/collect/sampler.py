@@ -14,11 +14,19 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trackagent.agent.active import Active
-from trackagent.agent.collect.contract import Collector, Here, Incident, Sample, Unavailable
+from trackagent.agent.collect.contract import (
+    Collector,
+    GpuFacts,
+    Here,
+    Incident,
+    KnowsGpus,
+    Sample,
+    Unavailable,
+)
 from trackagent.agent.collect.recorder import Recorder
 from trackagent.agent.collect.table import COLLECTORS
 from trackagent.agent.store.contract import ProducerInfo
@@ -36,16 +44,39 @@ FIRST_BACKOFF_S, MAX_BACKOFF_S = 30.0, 3600.0
 # shares their commits.
 FLUSH_S = 0.15
 AFTER_S = 0.002
+# How long what was read rarely is shown beside what is read every time.
+SHOWN_S = 90.0
 
 Make = Callable[[Here], Collector]
 
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """What a collector sampled last, and when (nanoseconds since 1970-01-01 UTC)."""
+    """What a collector sampled last, and when (nanoseconds since 1970-01-01 UTC). samples: one for each
+    source; of what is read rarely, as it was then. read_ns: when each key of each was read."""
 
     time_ns: int
     samples: tuple[Sample, ...]
+    read_ns: tuple[dict[str, int], ...] = ()
+
+    def then(self, time_ns: int, found: Sequence[Sample]) -> Latest:
+        """With what was sampled now: a source of which there is nothing now is gone, and so are its readings
+        of more than SHOWN_S ago."""
+        oldest_ns = time_ns - int(SHOWN_S * 1e9)
+        shown: dict[tuple[str, bytes], tuple[Sample, dict[str, int]]] = {}
+        for one in found:
+            sample, read_ns = shown.setdefault(_source(one), (replace(one, values={}), {}))
+            sample.values.update(one.values)
+            read_ns.update(dict.fromkeys(one.values, time_ns))
+        for one, times in zip(self.samples, self.read_ns, strict=True):
+            if (now := shown.get(_source(one))) is None:
+                continue
+            sample, read_ns = now
+            for key, value in one.values.items():
+                if key not in read_ns and times[key] >= oldest_ns:
+                    sample.values[key], read_ns[key] = value, times[key]
+        samples, all_read_ns = zip(*shown.values(), strict=True) if shown else ((), ())
+        return Latest(time_ns, samples, all_read_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +138,11 @@ class Sampler:
         """By collector, what it sampled last; nothing of one that has not sampled yet."""
         return {name: loop.latest for name, loop in self._loops.items() if loop.latest is not None}
 
+    def gpus(self) -> tuple[GpuFacts, ...]:
+        """The GPUs of this node, those that do not answer among them."""
+        known: list[object] = [loop.collector for loop in self._loops.values()]
+        return tuple(gpu for one in known if isinstance(one, KnowsGpus) for gpu in one.devices())
+
     def states(self) -> dict[str, State]:
         """By collector that the configuration asks for, how it is."""
         return {name: loop.state for name, loop in self._loops.items()}
@@ -165,7 +201,7 @@ class _Loop:
         self._here = here
         self._make = make
         self._sampler = sampler
-        self._collector: Collector | None = None
+        self.collector: Collector | None = None
         self._first_backoff_s = self._backoff_s = backoff_s
         # All by time.monotonic(). When it was asked something that it has not answered yet.
         self._asked: float | None = None
@@ -202,11 +238,11 @@ class _Loop:
         self._asked = began = time.monotonic()
         time_ns = time.time_ns()
         try:
-            if self._collector is None:
-                self._collector = self._make(self._here)
-            found = self._collector.sample()
+            if self.collector is None:
+                self.collector = self._make(self._here)
+            found = self.collector.sample()
         except Unavailable as error:
-            if self._collector is None:
+            if self.collector is None:
                 self.state = State("off", str(error), time_ns)
                 logger.info("collector %s is off: %s", self._name, error)
             else:
@@ -222,7 +258,8 @@ class _Loop:
             self._fail(f"it took {took_s:.1f} s")
             return
         self._succeed(time_ns)
-        self.latest = Latest(time_ns, self._sampler.take(time_ns, found))
+        samples = self._sampler.take(time_ns, found)
+        self.latest = (self.latest or Latest(0, ())).then(time_ns, samples)
 
     def _fail(self, reason: str) -> None:
         with self._lock:
@@ -248,6 +285,10 @@ class _Loop:
     def _tell(self, level: str, what: str, reason: str) -> None:
         data: dict[str, object] = {"collector": self._name, "reason": reason}
         self._sampler.tell(Incident(level, f"collector {self._name} {what}", data))
+
+
+def _source(sample: Sample) -> tuple[str, bytes]:
+    return sample.gpu, sample.rank.producer_id if sample.rank is not None else b""
 
 
 def _maker(name: str) -> Make:
