@@ -161,6 +161,29 @@ def test_words_are_whole(words: list[int], before: list[int], whole: bool) -> No
     assert are_whole(words, before) is whole
 
 
+def test_what_has_not_landed_is_on_its_way_at_every_moment_of_a_look(
+    in_flight: InFlight, devices: FakeDevices
+) -> None:
+    for step in range(4):
+        queue(in_flight, step, 0.0)
+    devices.land(2)
+    devices.land(0)
+    assert [len(in_flight) for _ in in_flight.landed()] == [3, 2]
+
+
+def test_a_record_that_is_given_up_in_the_middle_of_a_look_does_not_come(
+    in_flight: InFlight, devices: FakeDevices
+) -> None:
+    queue(in_flight, 0, 0.5)
+    queue(in_flight, 1, 0.5)
+    devices.land_all()
+    found = [(one.step, in_flight.give_up()) for one in in_flight.landed()]
+    assert found == [(0, [1])]
+    come(in_flight)
+    fill(in_flight)  # each row is free, once
+    assert refusal(in_flight)[0] == "device ring full"
+
+
 # --- rows
 
 

@@ -18,7 +18,7 @@ import struct
 import weakref
 from array import array
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -171,7 +171,7 @@ class _Part:
         return landed
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Waiting:
     """One record on its way."""
 
@@ -192,15 +192,16 @@ class Landed:
 class InFlight:
     """What one run has logged and devices are still computing, at most ROWS records a device.
 
-    `queue` on any thread and in signal handlers. `landed` and `give_up` on one thread at a time. `wake`:
-    called by `queue` when it is time to look.
+    `queue` on any thread and in signal handlers, `landed` on one thread at a time, `give_up` at any time.
+    `wake`: called by `queue` when it is time to look.
     """
 
     def __init__(self, rings: Rings, wake: Callable[[], None] | None) -> None:
         self._rings = rings
         self._wake = wake
         self._woken = False
-        self._waiting: deque[_Waiting] = deque()
+        # Whoever takes a record out of it, in one step, is who may free its rows.
+        self._waiting: list[_Waiting] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -256,22 +257,19 @@ class InFlight:
         """Whether more than this share of a ring's rows is taken."""
         return any(ROWS - len(ring.free) > share * ROWS for ring in self._rings.all())
 
-    def landed(self, most: int | None = None) -> list[Landed]:
+    def landed(self, most: int | None = None) -> Iterator[Landed]:
         """Takes the records that have come, of all or of the `most` oldest, in the order of the log calls."""
         for ring in self._rings.all():
             ring.reclaim()
-        found: list[Landed] = []
-        late: list[_Waiting] = []
-        for _ in range(min(most or len(self._waiting), len(self._waiting))):
-            one = self._waiting.popleft()
+        for one in list(self._waiting)[:most]:
             if all(part.has_landed() for part in one.parts):
-                found.append(self._take(one))
-            else:
-                late.append(one)
-        self._waiting.extendleft(reversed(late))
+                try:
+                    self._waiting.remove(one)
+                except ValueError:  # given up meanwhile
+                    continue
+                yield self._take(one)
         if self._woken and not self.is_filled(0.5):
             self._woken = False
-        return found
 
     def _take(self, one: _Waiting) -> Landed:
         values: dict[str, float] = {}
@@ -286,8 +284,11 @@ class InFlight:
     def give_up(self) -> list[int]:
         """Waits for nothing more: the steps of the records that have not come."""
         steps = []
-        while self._waiting:
-            one = self._waiting.popleft()
+        for one in list(self._waiting):
+            try:
+                self._waiting.remove(one)
+            except ValueError:  # it has just come
+                continue
             steps.append(one.step)
             for part in one.parts:
                 part.ring.abandoned.append(part)
