@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +41,8 @@ class FakeInstance:
 class FakeGpu:
     """answers: by the name of a function without nvmlDevice, what it gives for arguments; what is missing is
     not supported. fields: by NVML_FI_DEV_ name, or name and scope, type and value. gpm: by NVML_GPM_METRIC_
-    name. fails: by function, the code that it returns; "" for every one."""
+    name. fails: by field, or by function without nvmlDevice, nvml and its version, the code that it returns;
+    "" for every function."""
 
     uuid: str
     name: str = "NVIDIA H100 80GB HBM3"
@@ -92,6 +94,8 @@ class FakeDriver:
     ) -> None:
         self.gpus = gpus
         self.calls: list[tuple[str, ...]] = []
+        # Of functions that are of no GPU.
+        self.fails: dict[str, int] = {}
         self.now_micros = 1_700_000_000_000_000
         self.events: list[tuple[FakeGpu, int, int]] = []
         self.initialized = 0
@@ -130,10 +134,13 @@ class FakeDriver:
 
         def function(*arguments: Any) -> int:
             self.calls.append((name, *(str(getattr(a, "value", "")) for a in arguments)))
-            if own is not None:
-                code: int = own(self, *arguments)
-                return code
-            return self._answer(name.removeprefix("nvmlDevice"), *arguments)
+            code: int = self._failing(name, arguments)
+            if code == SUCCESS:
+                if own is not None:
+                    code = own(self, *arguments)
+                else:
+                    code = self._answer(name.removeprefix("nvmlDevice"), *arguments)
+            return code
 
         return function
 
@@ -141,9 +148,6 @@ class FakeDriver:
         gpu = self._gpu(handle)
         if isinstance(gpu, FakeInstance):
             return NOT_SUPPORTED
-        code = gpu.fails.get(name, gpu.fails.get("", SUCCESS))
-        if code:
-            return code
         asked = [a for a in arguments if not hasattr(a, "_obj")]
         results = [a._obj for a in arguments if hasattr(a, "_obj")]
         answer = gpu.answers.get(name)
@@ -159,6 +163,18 @@ class FakeDriver:
             for result, value in zip(results, values, strict=True):
                 result.value = value
         return SUCCESS
+
+    def _failing(self, name: str, arguments: tuple[Any, ...]) -> int:
+        """What the function is to fail with, of the GPU that it is asked of."""
+        if name == "nvmlDeviceGetHandleByIndex_v2":
+            gpu = self.gpus[arguments[0].value]
+        elif arguments and isinstance(arguments[0], self._bindings.c_nvmlDevice_t):
+            known = self._gpu(arguments[0])
+            gpu = next(one for one in self.gpus if known is one or known in (one.mig or ()))
+        else:
+            return self.fails.get(name, SUCCESS)
+        short = re.sub("^nvml(Device)?|_v[0-9]$", "", name)
+        return gpu.fails.get(short, gpu.fails.get("", SUCCESS))
 
     def _gpu(self, handle: Any) -> FakeGpu | FakeInstance:
         address = ctypes.addressof(handle.contents)
@@ -201,9 +217,8 @@ def _count(self: FakeDriver, count: Any) -> int:
 
 def _by_index(self: FakeDriver, index: Any, handle: Any) -> int:
     gpu = self.gpus[index.value]
-    code = gpu.fails.get("GetHandleByIndex", gpu.fails.get("", SUCCESS))
     _point(handle._obj, gpu.handle)
-    return code
+    return SUCCESS
 
 
 def _uuid(self: FakeDriver, handle: Any, text: Any, size: Any) -> int:
@@ -218,10 +233,6 @@ def _name(self: FakeDriver, handle: Any, text: Any, size: Any) -> int:
 
 def _memory(self: FakeDriver, handle: Any, result: Any) -> int:
     gpu = self._gpu(handle)
-    if isinstance(gpu, FakeGpu):
-        code = gpu.fails.get("GetMemoryInfo", gpu.fails.get("", SUCCESS))
-        if code:
-            return code
     total, reserved, free, used = gpu.memory
     result._obj.total, result._obj.free, result._obj.used = total, free, used
     if hasattr(result._obj, "reserved"):
@@ -234,9 +245,6 @@ def _memory(self: FakeDriver, handle: Any, result: Any) -> int:
 def _field_values(self: FakeDriver, handle: Any, count: Any, values: Any) -> int:
     gpu = self._gpu(handle)
     assert isinstance(gpu, FakeGpu)
-    code = gpu.fails.get("GetFieldValues", gpu.fails.get("", SUCCESS))
-    if code:
-        return code
     for value in values._obj[: count.value]:
         name = self._fields[value.fieldId]
         known = gpu.fields.get((name, value.scopeId)) if value.scopeId else gpu.fields.get(name)
@@ -328,10 +336,8 @@ def _gpm_free(self: FakeDriver, sample: Any) -> int:
 def _gpm_sample(self: FakeDriver, handle: Any, sample: Any) -> int:
     gpu = self._gpu(handle)
     assert isinstance(gpu, FakeGpu)
-    code = gpu.fails.get("GpmSampleGet", gpu.fails.get("", SUCCESS))
-    if code == SUCCESS:
-        self._sampled[ctypes.addressof(sample.contents)] = dict(gpu.gpm or {})
-    return code
+    self._sampled[ctypes.addressof(sample.contents)] = dict(gpu.gpm or {})
+    return SUCCESS
 
 
 def _gpm_mig_sample(self: FakeDriver, handle: Any, number: int, sample: Any) -> int:
@@ -381,7 +387,7 @@ def _register(self: FakeDriver, handle: Any, types: Any, events: Any) -> int:
     assert isinstance(gpu, FakeGpu)
     assert types.value == self._bindings.nvmlEventTypeXidCriticalError
     self._watched.add(gpu.uuid)
-    return gpu.fails.get("RegisterEvents", SUCCESS)
+    return SUCCESS
 
 
 def _wait(self: FakeDriver, events: Any, data: Any, timeout_ms: Any) -> int:

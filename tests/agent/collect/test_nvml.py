@@ -3,6 +3,7 @@ generations, and what it does where a card or the driver fails."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pynvml
@@ -31,6 +32,16 @@ from trackagent.agent.collect.contract import Unavailable
 from trackagent.agent.collect.gpu import METRICS
 from trackagent.agent.collect.nvml import Nvml
 from trackagent.agent.collect.nvml_device import THROTTLE_REASONS
+
+# Without these there is no GPU, or no driver.
+NEEDED = {
+    "nvmlInitWithFlags",
+    "nvmlSystemGetDriverVersion",
+    "nvmlDeviceGetCount_v2",
+    "nvmlDeviceGetHandleByIndex_v2",
+    "nvmlDeviceGetUUID",
+    "nvmlDeviceGetName",
+}
 
 
 def watched(*gpus: FakeGpu, **driver: Any) -> Watched:
@@ -212,6 +223,32 @@ def test_what_fails_for_a_moment_is_asked_again() -> None:
     assert picked(nodes.sample(), "power_watts", "temperature_celsius") == [None, 61.0]
     gpu.fails.clear()
     assert picked(nodes.sample(), "power_watts") == [431.5]
+
+
+# Of functions that are asked of a device: no such function, not supported, no permission, a timeout, no data.
+@pytest.mark.parametrize("code", [UNKNOWN, 13, 3, 4, 10, 21])
+def test_whatever_one_function_fails_with_the_other_readings_stay(code: int) -> None:
+    asked = watched(hopper(mig=[instance()]))
+    whole = {*asked.sample(), *asked.sample()}
+    names = {name for name, *_ in asked.driver.calls}
+    silent = set()
+    for name in sorted(names - NEEDED):
+        gpu = hopper(mig=[instance()], fails={re.sub("^nvml(Device)?|_v[0-9]$", "", name): code})
+        nodes = watched(gpu)
+        nodes.driver.fails[name] = code
+        found = {*nodes.sample(), *nodes.sample()}
+        assert found <= whole, name
+        assert len(found) > len(whole) / 2, name
+        assert [one.message for one in nodes.incidents] == [], name
+        silent |= {name} if found < whole else set()
+    assert silent >= {
+        "nvmlDeviceGetUtilizationRates",
+        "nvmlDeviceGetFieldValues",
+        "nvmlDeviceGetMigMode",
+        "nvmlDeviceGetComputeRunningProcesses_v3",
+        "nvmlGpmSampleGet",
+        "nvmlGpmMetricsGet",
+    }
 
 
 def test_one_call_gives_all_fields() -> None:

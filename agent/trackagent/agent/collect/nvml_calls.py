@@ -68,15 +68,15 @@ class Calls:
             one for one, number in zip(asked, numbers, strict=True) if number is None
         )
         known = [(one, n) for one, n in zip(asked, numbers, strict=True) if n is not None]
-        # Not by ask(): that a driver refuses all of them together says nothing of one.
-        if not known or "fields" in self._never:
+        # That a driver refuses all of them together says nothing of one.
+        if not known or wanted in self._never:
             return {}
         try:
             ids = [(number, scope) for (_, scope), number in known]
             answers = self.library.nvmlDeviceGetFieldValues(self.handle, ids)
         except self.library.NVMLError as error:
             if is_never(error):
-                self._never.add("fields")
+                self._never.add(wanted)
             return {}
         found: dict[Field, tuple[int, float, str]] = {}
         for (field, _), answer in zip(known, answers, strict=True):

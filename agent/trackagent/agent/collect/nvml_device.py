@@ -252,16 +252,18 @@ def _memory(calls: Calls) -> dict[str, float | None]:
 
 
 def _processes(calls: Calls) -> dict[int, int] | None:
-    found: dict[int, int] = {}
-    listed = False
-    for kind in ("Compute", "Graphics"):
-        # By their versions: the name without raises what is no NVMLError where the driver is older.
-        known = calls.ask(f"Get{kind}RunningProcesses_v3")
-        if known is None:
-            known = calls.ask(f"Get{kind}RunningProcesses_v2")
-        listed = listed or known is not None
-        found.update((one.pid, one.usedGpuMemory or 0) for one in known or ())
-    return found if listed else None
+    compute = _listed(calls, "Compute")
+    if compute is None:
+        return None
+    return {
+        one.pid: one.usedGpuMemory or 0 for one in (*compute, *(_listed(calls, "Graphics") or ()))
+    }
+
+
+def _listed(calls: Calls, kind: str) -> Any:
+    # By their versions: the name without raises what is no NVMLError where the driver is older.
+    found = calls.ask(f"Get{kind}RunningProcesses_v3")
+    return found if found is not None else calls.ask(f"Get{kind}RunningProcesses_v2")
 
 
 def _times(factor: float, value: float | None) -> float | None:
