@@ -215,3 +215,22 @@ def test_without_a_home_the_state_folder_must_be_named() -> None:
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_a_named_state_folder_will_do() -> None:
     assert load({}, {"TRACKAGENT_STATE": "/var/lib/x"})[0].state_directory == Path("/var/lib/x")
+
+
+# --- what is sampled
+
+
+def test_the_node_is_named_as_its_ranks_name_it(environ: dict[str, str]) -> None:
+    assert load({}, environ | {"NODE_NAME": "worker-3"})[0].node == "worker-3"
+    environ["TRACKAGENT_NODE"] = "rack-7"
+    assert load({}, environ | {"NODE_NAME": "worker-3"})[0].node == "rack-7"
+
+
+def test_a_node_that_no_rank_could_name_is_refused(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"node is 'a b': .*environment TRACKAGENT_NODE"):
+        load({}, environ | {"TRACKAGENT_NODE": "a b"})
+
+
+def test_a_collector_that_is_not_there_is_refused_by_name(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"collect is 'sistem': .*did you mean system.*--collect"):
+        load({"collect": "sistem"}, environ)

@@ -137,6 +137,11 @@ def test_in_kubernetes_the_node_is_the_nodes_name() -> None:
     assert alone(environ=environ, hostname=lambda: "pod-x").identity.node == "worker-3"
 
 
+def test_the_nodes_name_can_be_given() -> None:
+    environ = {"NODE_NAME": "worker-3", "TRACKAGENT_NODE": "rack-7"}
+    assert alone(environ=environ, hostname=lambda: "pod-x").identity.node == "rack-7"
+
+
 def test_the_node_is_bounded() -> None:
     assert len(alone(hostname=lambda: "n" * 1000).identity.node) == 253
 

@@ -15,7 +15,7 @@ from trackagent.agent.collect.metrics import Metric
 from trackagent.agent.collect.ranks import RankProcesses
 from trackagent.agent.store.contract import ProducerInfo
 
-OPEN_FILES_S = 10.0
+SELDOM_S = 10.0
 PSS_S = 60.0
 # Nor is PSS read for more than this part of the time.
 PSS_SHARE = 1e-3
@@ -23,7 +23,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 _STAT, _IO = "/proc/PID/stat", "/proc/PID/io"
-_SWITCHES = "of its main thread, since it "
+_SWITCHES = "of its main thread, every 10 s: how often it "
 METRICS = (
     Metric(
         "process/cpu/percent", "% of a core", "all of its threads", _STAT, "", "proc.cpu.percent"
@@ -48,7 +48,9 @@ METRICS = (
     Metric("process/io/written_bytes_per_second", "bytes/s", "written to disks", _IO),
     Metric("process/faults/minor_per_second", "1/s", "page faults without a disk", _STAT),
     Metric("process/faults/major_per_second", "1/s", "page faults with one", _STAT),
-    Metric("process/switches/voluntary_per_second", "1/s", f"{_SWITCHES}waits", "/proc/PID/status"),
+    Metric(
+        "process/switches/voluntary_per_second", "1/s", f"{_SWITCHES}waited", "/proc/PID/status"
+    ),
     Metric(
         "process/switches/involuntary_per_second",
         "1/s",
@@ -108,10 +110,10 @@ class _Process:
             self._io = KernelFile(self._folder / "io")
         except PermissionError:
             pass
-        self._rates = Rates()
-        self._files_due = self._clock()
+        self._rates, self._switches = Rates(), Rates()
+        self._seldom_due = self._clock()
         # The memory of a rank that begins grows: PSS is of interest later.
-        self.pss_due = self._clock() + OPEN_FILES_S
+        self.pss_due = self._clock() + SELDOM_S
 
     def sample(self, now: float) -> list[Sample]:
         # Behind the name, which may hold anything: the state is the first field, as (3) in proc(5).
@@ -121,12 +123,6 @@ class _Process:
             "process/faults/minor_per_second": float(fields[7]),
             "process/faults/major_per_second": float(fields[9]),
         }
-        _, _, switches = self._status.read().rpartition(b"\nvoluntary_ctxt_switches:")
-        voluntary, _, involuntary = switches.partition(b"\n")
-        if involuntary:
-            counters["process/switches/voluntary_per_second"] = float(voluntary)
-            involuntary = involuntary.partition(b":")[2]
-            counters["process/switches/involuntary_per_second"] = float(involuntary)
         if self._io is not None:
             _, _, moved = self._io.read().partition(b"\nread_bytes: ")
             read, _, rest = moved.partition(b"\nwrite_bytes: ")
@@ -136,14 +132,29 @@ class _Process:
         values["process/threads"] = float(fields[17])
         values["process/memory/rss_bytes"] = float(fields[21]) * _PAGE
         found = [Sample(values, rank=self._info)]
-        if now >= self._files_due:
-            self._files_due = now + OPEN_FILES_S
-            try:
-                files = {"process/open_files": float(len(os.listdir(self._folder / "fd")))}
-                found.append(Sample(files, rank=self._info))
-            except PermissionError:
-                pass
+        if now >= self._seldom_due:
+            self._seldom_due = now + SELDOM_S
+            if seldom := self._of_files() | self._of_switches(now):
+                found.append(Sample(seldom, rank=self._info))
         return found
+
+    def _of_files(self) -> dict[str, float]:
+        try:
+            return {"process/open_files": float(len(os.listdir(self._folder / "fd")))}
+        except PermissionError:
+            return {}
+
+    def _of_switches(self, now: float) -> dict[str, float]:
+        _, _, switches = self._status.read().rpartition(b"\nvoluntary_ctxt_switches:")
+        voluntary, _, rest = switches.partition(b"\n")
+        involuntary = rest.partition(b":")[2]
+        if not involuntary:
+            return {}
+        counters = {
+            "process/switches/voluntary_per_second": float(voluntary),
+            "process/switches/involuntary_per_second": float(involuntary),
+        }
+        return self._switches.per_second(counters, now)
 
     def sample_pss(self) -> list[Sample]:
         began = self._clock()

@@ -35,9 +35,10 @@ logger = logging.getLogger(__name__)
 
 # With nobody here.
 IDLE_INTERVAL_S = 15.0
-# How long a collector may take, and how soon that is seen.
+# How soon it is seen that somebody is.
+LOOK_INTERVAL_S = 1.0
+# How long a collector may take; one that hangs is seen within half as much again, and ranks that ended too.
 PATIENCE_S = 5.0
-WATCH_INTERVAL_S = 1.0
 STOP_S = 1.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 30.0, 3600.0
 # The ranks send at multiples of this (ClientConfig.flush_interval_s): what is sampled at the same moments
@@ -170,7 +171,7 @@ class Sampler:
 
     def _watching(self) -> None:
         here: Sequence[ProducerInfo] | None = None
-        while not self.stopping.wait(_until_tick(WATCH_INTERVAL_S)):
+        while not self.stopping.wait(_until_tick(self.patience_s / 2)):
             for loop in self._loops.values():
                 loop.check(self.patience_s)
             try:
@@ -228,7 +229,7 @@ class _Loop:
             if self.state.state == "off":
                 return
             needed = sampler.is_needed()
-            wait_s = _until_tick(self._interval_s if needed else WATCH_INTERVAL_S)
+            wait_s = _until_tick(self._interval_s if needed else LOOK_INTERVAL_S)
             if self.state.state == "failing":
                 wait_s = self._backoff_s
                 self._backoff_s = min(2 * self._backoff_s, MAX_BACKOFF_S)
