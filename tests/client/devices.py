@@ -10,7 +10,7 @@ from trackagent.client.device import WIDTH
 
 
 class DeviceTensor:
-    """As much of a torch tensor on a GPU as `log()` looks at."""
+    """As much of a torch tensor on a GPU as `log()` looks at. What would wait for the GPU fails."""
 
     is_cuda = True
     is_cpu = False
@@ -29,6 +29,11 @@ class DeviceTensor:
 
     def is_complex(self) -> bool:
         return False
+
+    def __repr__(self) -> str:
+        raise AssertionError("the GPU was waited for")
+
+    __float__ = __index__ = __int__ = item = __repr__
 
 
 class Copy(NamedTuple):

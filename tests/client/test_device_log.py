@@ -194,6 +194,33 @@ def test_more_or_fewer_than_one_number_are_refused_by_name(
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ({"a": 1.0}, tensor(7)),
+            "the step is a tensor on cuda:0, and reading it would make the training loop wait: give an int",
+        ),
+        (
+            ({"a": 1.0}, 7, tensor(7)),
+            "the timestamp is a tensor on cuda:0, and reading it would make the training loop wait: give "
+            "seconds since 1970, or a datetime",
+        ),
+        (
+            ({"a": [tensor()]}, 7),
+            "'a' is a list, [<tensor on cuda:0>], which is no number: log a float",
+        ),
+    ],
+    ids=["step", "timestamp", "list"],
+)
+def test_a_tensor_in_another_place_is_refused_and_not_read(
+    begin: Callable[..., Run], arguments: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(ValueRefused) as caught:
+        begin(strict=True).log(*arguments)
+    assert str(caught.value) == message
+
+
 def test_calls_in_a_graphs_capture_are_refused_with_one_warning(
     run: Run, devices: FakeDevices, folders: Folders, caplog: pytest.LogCaptureFixture
 ) -> None:

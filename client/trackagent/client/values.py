@@ -22,8 +22,16 @@ MAX_KEY_CHARACTERS = 250
 MAX_TEXT_CHARACTERS = 6000
 _INT64 = 2**63
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+
+
 # Short, and safe: what is refused may be huge, and its own repr may raise.
-_short = reprlib.Repr()
+class _Short(reprlib.Repr):
+    def repr_instance(self, x: Any, level: int) -> str:
+        # Also in a list: a tensor's own repr would wait for its device.
+        return f"<tensor on {x.device}>" if _is_on_device(x) else super().repr_instance(x, level)
+
+
+_short = _Short()
 _short.maxother = _short.maxstring = 80
 _shown = _short.repr
 
@@ -64,11 +72,10 @@ def to_float(key: str, value: Any) -> float:
         if hasattr(value, "is_cpu"):  # torch, whose float() would wait for another device
             value = _local(key, value)
             if not value.is_cpu:
-                raise ValueRefused(
-                    "device tensor",
-                    f"{key!r} is a tensor on {value.device}, and reading it would make the training "
-                    "loop wait: log tensor.item() where that is acceptable",
+                problem = (
+                    _would_wait(repr(key), value) + "log tensor.item() where that is acceptable"
                 )
+                raise ValueRefused("device tensor", problem)
             return float(value.item())
         if hasattr(value, "shape"):  # numpy
             return float(value.item())
@@ -118,6 +125,20 @@ def _plain(key: str, tensor: Any) -> Any:
     return tensor.as_subclass(torch.Tensor)
 
 
+def _is_on_device(value: Any) -> bool:
+    """Whether it is a torch tensor that is not in the CPU's memory."""
+    try:
+        return getattr(value, "is_cpu", True) is False
+    except Exception:  # noqa: BLE001 - whatever the value's own code raises
+        return False
+
+
+def _would_wait(what: str, tensor: Any) -> str:
+    return (
+        f"{what} is a tensor on {tensor.device}, and reading it would make the training loop wait: "
+    )
+
+
 def _local(key: str, tensor: Any) -> Any:
     """What this process has of a torch tensor, which must be all of it: to get the rest would wait for other
     ranks."""
@@ -148,6 +169,8 @@ def to_step(step: Any) -> int:
     """`step` as int: anything that is a whole number."""
     if type(step) is int:
         number = step
+    elif _is_on_device(step):
+        raise ValueRefused("bad step", _would_wait("the step", step) + "give an int")
     else:
         try:
             whole = isinstance(step, float) and step.is_integer()
@@ -164,6 +187,9 @@ def to_time_ns(timestamp: Any) -> int:
     number, or now."""
     if timestamp is None:
         return time.time_ns()
+    if _is_on_device(timestamp):
+        problem = _would_wait("the timestamp", timestamp) + "give seconds since 1970, or a datetime"
+        raise ValueRefused("bad timestamp", problem)
     try:
         if isinstance(timestamp, datetime):
             since = timestamp.astimezone(timezone.utc) - _EPOCH
