@@ -25,9 +25,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _STAT, _IO = "/proc/PID/stat", "/proc/PID/io"
 _SWITCHES = "of its main thread, every 10 s: how often it "
 METRICS = (
-    Metric(
-        "process/cpu/percent", "% of a core", "all of its threads", _STAT, "", "proc.cpu.percent"
-    ),
+    Metric("process/cpu/percent", "% of a core", "all of its threads", _STAT, "", "cpu × cores"),
     Metric(
         "process/memory/rss_bytes",
         "bytes",

@@ -26,7 +26,13 @@ _NOT_SHOWN_DISKS = ("loop", "ram", "zram", "fd", "sr")
 
 _STAT, _NET, _DISKS = "/proc/stat", "/proc/net/dev", "/proc/diskstats"
 METRICS = (
-    Metric("system/cpu/percent", "% of all cores", "not idle", _STAT, "", "cpu"),
+    Metric(
+        "system/cpu/percent",
+        "% of all cores",
+        "not idle",
+        _STAT,
+        "system/cpu_utilization_percentage",
+    ),
     Metric("system/cpu/max_core_percent", "% of a core", "the busiest core", _STAT),
     Metric("system/cpu/user_percent", "% of all cores", "in programs", _STAT),
     Metric("system/cpu/system_percent", "% of all cores", "in the kernel", _STAT),
@@ -36,7 +42,13 @@ METRICS = (
     Metric("system/load_5m", "processes", "load average of 5 minutes", "/proc/loadavg"),
     Metric("system/load_15m", "processes", "load average of 15 minutes", "/proc/loadavg"),
     Metric("system/memory/total_bytes", "bytes", "installed", "/proc/meminfo"),
-    Metric("system/memory/used_bytes", "bytes", "total less available", "/proc/meminfo"),
+    Metric(
+        "system/memory/used_bytes",
+        "bytes",
+        "total less available",
+        "/proc/meminfo",
+        "system/system_memory_usage_megabytes × 10^6",
+    ),
     Metric(
         "system/memory/available_bytes",
         "bytes",
@@ -62,7 +74,13 @@ METRICS = (
         "system/disk_usage_megabytes × 10^6",
         "disk.{path}.usageGB × 2^30",
     ),
-    Metric("system/filesystem/{mount}/free_bytes", "bytes", "for every user", "statvfs"),
+    Metric(
+        "system/filesystem/{mount}/free_bytes",
+        "bytes",
+        "for every user",
+        "statvfs",
+        "system/disk_available_megabytes × 10^6",
+    ),
     Metric(
         "system/filesystem/{mount}/used_percent",
         "%",
