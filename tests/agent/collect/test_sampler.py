@@ -187,6 +187,15 @@ def test_one_that_cannot_even_be_made_is_tried_again(started: START) -> None:
 
 
 @pytest.mark.usefixtures("opened")
+def test_one_whose_samples_are_none_is_told_of_and_tried_again(sink: Sink, started: START) -> None:
+    collector = Told(lambda: [Sample({KEY: "hot"})])  # type: ignore[dict-item]
+    sampler = started(gpu=collector)
+    wait_until(lambda: sampler.states()["gpu"].state == "failing" and collector.asked > 1)
+    assert sampler.states()["gpu"].reason.startswith("what it sampled cannot be kept: ")
+    assert [event.data["collector"] for event in sink.take().events] == ["gpu"]
+
+
+@pytest.mark.usefixtures("opened")
 def test_an_incident_is_told_to_the_runs_here(sink: Sink, started: START) -> None:
     xid = Incident("error", "GPU 0 reports XID 79", {"xid": 79})
     collector = Told(lambda: [xid] if collector.asked == 1 else [])

@@ -250,7 +250,7 @@ class _Loop:
                 self._fail(str(error))
             return
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-            self._fail(f"{type(error).__name__}: {error}" if str(error) else repr(error))
+            self._fail(_described(error))
             return
         finally:
             self._asked = None
@@ -258,8 +258,12 @@ class _Loop:
         if took_s > self._sampler.patience_s:
             self._fail(f"it took {took_s:.1f} s")
             return
+        try:
+            samples = self._sampler.take(time_ns, found)
+        except Exception as error:  # noqa: BLE001 - what it sampled is none
+            self._fail(f"what it sampled cannot be kept: {_described(error)}")
+            return
         self._succeed(time_ns)
-        samples = self._sampler.take(time_ns, found)
         self.latest = (self.latest or Latest(0, ())).then(time_ns, samples)
 
     def _fail(self, reason: str) -> None:
@@ -290,6 +294,10 @@ class _Loop:
 
 def _source(sample: Sample) -> tuple[str, bytes]:
     return sample.gpu, sample.rank.producer_id if sample.rank is not None else b""
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else repr(error)
 
 
 def _maker(name: str) -> Make:
