@@ -100,12 +100,13 @@ def radeon() -> dict[str, Any]:
 @dataclass
 class FakeAmdSmi:
     """The module. cards: by function, the answer of each; a dict by argument; None: not supported, an int of
-    `fails`: that error. init: what amdsmi_init fails with, 0 for nothing."""
+    `fails`: that error; `lacks`: no such function. init: what amdsmi_init fails with, 0 for nothing."""
 
     cards: list[dict[str, Any]]
     init: int = 0
     fails: dict[str, int] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    lacks: set[str] = field(default_factory=set)
     initialized: int = 0
 
     AmdSmiLibraryException = AmdSmiLibraryException
@@ -128,7 +129,7 @@ class FakeAmdSmi:
 
     def __getattr__(self, name: str) -> Any:
         what = name.removeprefix("amdsmi_get_")
-        if what == name:
+        if what == name or what in self.lacks:
             raise AttributeError(name)
 
         def function(handle: int, *arguments: Any) -> Any:

@@ -54,7 +54,9 @@ def test_what_a_card_says_in_the_units_of_the_keys() -> None:
     found = Watched(instinct()).sample()
     assert picked(found, "utilization_percent", "memory_utilization_percent") == [93.0, 37.0]
     assert picked(found, "power_watts", "power_limit_watts") == [612.0, 750.0]
-    assert picked(found, "memory_used_bytes", "memory_used_percent") == [48.0 * 2**30, 25.0]
+    memory = [f"memory_{part}_bytes" for part in ("total", "used", "free")]
+    assert picked(found, *memory) == [192.0 * 2**30, 48.0 * 2**30, 144.0 * 2**30]
+    assert picked(found, "memory_used_percent") == [25.0]
     assert picked(found, "temperature_celsius", "memory_temperature_celsius") == [71.0, 64.0]
     assert picked(found, "sm_clock_mhz", "memory_clock_mhz") == [2100.0, 1300.0]
     assert picked(found, "pcie_generation", "pcie_width_lanes") == [5.0, 16.0]
@@ -95,6 +97,15 @@ def test_what_a_card_does_not_support_is_asked_once() -> None:
     node.library.calls.clear()
     node.sample()
     assert node.library.calls == ["gpu_memory_total", "gpu_memory_usage"]
+
+
+def test_an_older_library_lacks_functions() -> None:
+    node = Watched(instinct())
+    node.library.lacks = {"violation_status", "clock_info"}
+    keys = ("throttled/power_percent", "sm_clock_mhz", "power_watts")
+    assert picked(node.sample(), *keys) == [None, None, 612.0]
+    node.library.lacks = set()
+    assert picked(node.sample(10.0), *keys) == [None, None, 612.0]
 
 
 def test_what_fails_for_a_moment_is_asked_again() -> None:

@@ -32,6 +32,7 @@ from trackagent.agent.collect.contract import Unavailable
 from trackagent.agent.collect.gpu import METRICS
 from trackagent.agent.collect.nvml import Nvml
 from trackagent.agent.collect.nvml_device import THROTTLE_REASONS
+from trackagent.agent.collect.nvml_events import MAX_AT_ONCE
 
 # Without these there is no GPU, or no driver.
 NEEDED = {
@@ -251,6 +252,35 @@ def test_whatever_one_function_fails_with_the_other_readings_stay(code: int) -> 
     }
 
 
+def test_older_bindings_lack_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_nvml([hopper()])
+    nodes = Watched(library)
+    with monkeypatch.context() as older:
+        older.delattr(library, "nvmlDeviceGetClockInfo")
+        assert picked(nodes.sample(), "sm_clock_mhz", "power_watts") == [None, 431.5]
+    assert picked(nodes.sample(), "sm_clock_mhz") == [None]  # it is not looked for again
+
+
+def test_older_bindings_lack_gpm(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_nvml([hopper()])
+    monkeypatch.delattr(library, "nvmlGpmQueryDeviceSupport")
+    nodes = Watched(library)
+    nodes.sample()
+    assert picked(nodes.sample(), "sm_active_percent", "power_watts") == [None, 431.5]
+
+
+def test_counters_that_may_not_be_read_are_asked_once_and_given_back() -> None:
+    gpu = hopper()
+    nodes = watched(gpu)
+    nodes.sample()
+    gpu.fails["GpmSampleGet"] = NO_PERMISSION
+    nodes.sample()
+    gpu.fails.clear()
+    nodes.sample()
+    assert picked(nodes.sample(), "sm_active_percent") == [None]
+    assert nodes.driver.samples == 0
+
+
 def test_one_call_gives_all_fields() -> None:
     nodes = watched(hopper())
     nodes.sample()
@@ -266,6 +296,11 @@ def test_processes_are_listed_every_minute() -> None:
     assert picked(nodes.sample(59.0), "processes") == [None]
     assert picked(nodes.sample(1.0), "processes") == [1.0]
     assert nodes.driver.count("nvmlDeviceGetComputeRunningProcesses_v3") == 4
+
+
+def test_an_older_driver_lists_processes_by_an_older_function() -> None:
+    nodes = watched(hopper(), missing=frozenset({"nvmlDeviceGetComputeRunningProcesses_v3"}))
+    assert picked(nodes.sample(), "processes") == [1.0]
 
 
 def test_who_the_cards_are() -> None:
@@ -302,6 +337,35 @@ def test_a_card_may_be_partitioned_anew() -> None:
     assert [one.uuid for one in nodes.collector.devices()] == [gpu.uuid, "MIG-2"]
     nodes.collector.close()
     assert nodes.driver.samples == 0
+
+
+def test_an_instance_that_goes_while_it_is_looked_for_is_left_out() -> None:
+    gpu = hopper(mig=[instance(0)])
+    nodes = watched(gpu)
+    gpu.fails["GetName"] = UNKNOWN
+    found = nodes.sample()
+    assert {key.split("/")[1] for key in found} == {"0"}
+    gpu.fails.clear()
+    assert {key.split("/")[1] for key in nodes.sample(10.0)} == {"0", "0.0"}
+
+
+def test_a_storm_of_xids_is_told_bit_by_bit() -> None:
+    gpu = hopper()
+    nodes = watched(gpu)
+    nodes.driver.events = [(gpu, 31, NO_INSTANCE)] * 40
+    nodes.sample()
+    assert len(nodes.incidents) == MAX_AT_ONCE
+    nodes.sample()
+    assert len(nodes.incidents) == 40
+
+
+def test_a_card_without_events_has_readings() -> None:
+    gpu = hopper()
+    gpu.answers["EventTypes"] = 0
+    nodes = watched(gpu)
+    nodes.driver.events = [(gpu, 31, NO_INSTANCE)]
+    assert picked(nodes.sample(), "power_watts") == [431.5]
+    assert nodes.incidents == []
 
 
 def test_an_xid_is_an_incident_of_its_card() -> None:

@@ -58,19 +58,16 @@ class Xids:
         except library.NVMLError as error:
             is_never(error)
 
-    def watch(self, handle: Any) -> bool:
-        """Whether this GPU's are reported from now on."""
+    def watch(self, handle: Any) -> None:
+        """This GPU's are reported from now on, where the driver does so."""
         if self._set is None:
-            return False
+            return
+        wanted = self._library.nvmlEventTypeXidCriticalError
         try:
-            wanted = self._library.nvmlEventTypeXidCriticalError
-            if not self._library.nvmlDeviceGetSupportedEventTypes(handle) & wanted:
-                return False
-            self._library.nvmlDeviceRegisterEvents(handle, wanted, self._set)
-            return True
+            if self._library.nvmlDeviceGetSupportedEventTypes(handle) & wanted:
+                self._library.nvmlDeviceRegisterEvents(handle, wanted, self._set)
         except self._library.NVMLError as error:
             is_never(error)
-            return False
 
     def read(self, names: Mapping[int, tuple[str, str]]) -> list[Incident]:
         """names: the index and the UUID of each GPU by `address` of its handle."""
