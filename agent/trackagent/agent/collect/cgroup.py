@@ -205,9 +205,7 @@ class _Group:
         found: dict[str, float] = {}
         if current := _read(self._memory):
             used = float(current)
-            stat = _pairs(_read(self._memory_stat))
-            reclaimable = stat.get(b"total_inactive_file", stat.get(b"inactive_file", 0.0))
-            working = max(0.0, used - reclaimable)
+            working = max(0.0, used - _reclaimable(_read(self._memory_stat)))
             found["cgroup/memory/current_bytes"] = used
             found["cgroup/memory/working_set_bytes"] = working
             if limit := self._limits.get("cgroup/memory/limit_bytes"):
@@ -271,6 +269,15 @@ def _pairs(text: bytes) -> Mapping[bytes, float]:
     """Lines of a name and a number."""
     pairs = (line.split() for line in text.splitlines())
     return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _reclaimable(memory_stat: bytes) -> float:
+    """Bytes of page cache that can go. Of v1, those of the groups within the group as well."""
+    for name in (b"\ntotal_inactive_file ", b"\ninactive_file "):
+        _, found, rest = memory_stat.partition(name)
+        if found:
+            return float(rest.partition(b"\n")[0])
+    return 0.0
 
 
 def _quota(text: str) -> float:

@@ -42,8 +42,8 @@ METRICS = (
     ),
     Metric("process/threads", "threads", "running or not", _STAT, "", "proc.cpu.threads"),
     Metric("process/open_files", "files", "descriptors; every 10 s", "/proc/PID/fd"),
-    Metric("process/io/read_bytes_per_second", "bytes/s", "read from disks", _IO),
-    Metric("process/io/written_bytes_per_second", "bytes/s", "written to disks", _IO),
+    Metric("process/io/read_bytes_per_second", "bytes/s", "read from disks, every 10 s", _IO),
+    Metric("process/io/written_bytes_per_second", "bytes/s", "written to disks, every 10 s", _IO),
     Metric("process/faults/minor_per_second", "1/s", "page faults without a disk", _STAT),
     Metric("process/faults/major_per_second", "1/s", "page faults with one", _STAT),
     Metric(
@@ -108,7 +108,7 @@ class _Process:
             self._io = KernelFile(self._folder / "io")
         except PermissionError:
             pass
-        self._rates, self._switches = Rates(), Rates()
+        self._rates, self._counts = Rates(), Rates()
         self._seldom_due = self._clock()
         # The memory of a rank that begins grows: PSS is of interest later.
         self.pss_due = self._clock() + SELDOM_S
@@ -121,18 +121,13 @@ class _Process:
             "process/faults/minor_per_second": float(fields[7]),
             "process/faults/major_per_second": float(fields[9]),
         }
-        if self._io is not None:
-            _, _, moved = self._io.read().partition(b"\nread_bytes: ")
-            read, _, rest = moved.partition(b"\nwrite_bytes: ")
-            counters["process/io/read_bytes_per_second"] = float(read)
-            counters["process/io/written_bytes_per_second"] = float(rest.partition(b"\n")[0])
         values = self._rates.per_second(counters, now)
         values["process/threads"] = float(fields[17])
         values["process/memory/rss_bytes"] = float(fields[21]) * _PAGE
         found = [Sample(values, rank=self._info)]
         if now >= self._seldom_due:
             self._seldom_due = now + SELDOM_S
-            if seldom := self._of_files() | self._of_switches(now):
+            if seldom := self._of_files() | self._of_counts(now):
                 found.append(Sample(seldom, rank=self._info))
         return found
 
@@ -142,17 +137,19 @@ class _Process:
         except PermissionError:
             return {}
 
-    def _of_switches(self, now: float) -> dict[str, float]:
+    def _of_counts(self, now: float) -> dict[str, float]:
+        counters: dict[str, float] = {}
         _, _, switches = self._status.read().rpartition(b"\nvoluntary_ctxt_switches:")
         voluntary, _, rest = switches.partition(b"\n")
-        involuntary = rest.partition(b":")[2]
-        if not involuntary:
-            return {}
-        counters = {
-            "process/switches/voluntary_per_second": float(voluntary),
-            "process/switches/involuntary_per_second": float(involuntary),
-        }
-        return self._switches.per_second(counters, now)
+        if involuntary := rest.partition(b":")[2]:
+            counters["process/switches/voluntary_per_second"] = float(voluntary)
+            counters["process/switches/involuntary_per_second"] = float(involuntary)
+        if self._io is not None:
+            _, _, moved = self._io.read().partition(b"\nread_bytes: ")
+            read, _, rest = moved.partition(b"\nwrite_bytes: ")
+            counters["process/io/read_bytes_per_second"] = float(read)
+            counters["process/io/written_bytes_per_second"] = float(rest.partition(b"\n")[0])
+        return self._counts.per_second(counters, now)
 
     def sample_pss(self) -> list[Sample]:
         began = self._clock()

@@ -96,6 +96,8 @@ class Recorder:
         self._lock = threading.Lock()
         self._origin = ""
         self._sources: dict[bytes, _Source] = {}
+        # The same by what they are of: a rank's producer id, or a GPU. To compute their ids takes a while.
+        self._known: dict[bytes | str, _Source] = {}
 
     def record(self, time_ns: int, samples: Sequence[Sample]) -> None:
         """Begins to keep samples of one moment; returns without waiting for the disk, but for a source of
@@ -114,9 +116,14 @@ class Recorder:
             self._origin = self._spool.origin().result(PATIENCE_S)
 
     def _source(self, sample: Sample) -> _Source:
-        info = self._producer(sample)
-        with self._lock:
-            return self._sources.setdefault(info.producer_id, _Source(info))
+        of = sample.gpu if sample.rank is None else sample.rank.producer_id
+        source = self._known.get(of)
+        if source is None:
+            info = self._producer(sample)
+            with self._lock:
+                source = self._sources.setdefault(info.producer_id, _Source(info))
+                self._known[of] = source
+        return source
 
     def _producer(self, sample: Sample) -> ProducerInfo:
         rank = sample.rank
@@ -241,6 +248,7 @@ class Recorder:
             over = [source for source in self._sources.values() if is_over(source.info)]
             for source in over:
                 del self._sources[source.info.producer_id]
+            self._known = {of: one for of, one in self._known.items() if one not in over}
         for source in over:
             self._send(source)
         for info in here:
