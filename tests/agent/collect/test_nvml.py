@@ -190,6 +190,24 @@ def test_pcie_without_counters_is_watched_every_ten_seconds() -> None:
     assert nodes.driver.count("nvmlDeviceGetPcieThroughput") == 2
 
 
+def test_a_card_that_counts_pcie_itself_is_not_watched() -> None:
+    nodes = watched(hopper())
+    nodes.sample()
+    assert picked(nodes.sample(), "pcie_sent_bytes_per_second") == [2.0 * 2**20]
+    assert nodes.driver.count("nvmlDeviceGetPcieThroughput") == 0
+
+
+def test_a_driver_that_gives_no_fields_is_asked_once() -> None:
+    nodes = watched(ampere(fails={"GetFieldValues": NO_PERMISSION}))
+    nodes.sample()
+    asked = nodes.driver.count("nvmlDeviceGetFieldValues")
+    nodes.sample(10.0)
+    # Without its own counters of PCIe, the set of fields that is asked every time is another one.
+    assert nodes.driver.count("nvmlDeviceGetFieldValues") == asked + 1
+    nodes.sample(10.0)
+    assert nodes.driver.count("nvmlDeviceGetFieldValues") == asked + 1
+
+
 def test_pcie_counters_of_64_bits_are_rates_and_others_are_not_used() -> None:
     wide, narrow = ampere(0), ampere(1)
     for gpu, kind in ((wide, ULONG_LONG), (narrow, UINT)):
