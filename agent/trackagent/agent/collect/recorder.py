@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 EXPERIMENT = "trackagent-nodes"
 # How long samples are held to be kept together, and how many bytes of one source.
 HOLD_S = 5.0
-SOON_S = 0.5  # a sample that comes a little earlier than the one before goes along
 MAX_HELD_BYTES = 256 * 1024
 # How many pieces of one source may be on their way to the disk.
 MAX_UNDER_WAY = 4
@@ -68,11 +67,13 @@ class _Source:
         self.schemas: dict[tuple[str, ...], int | None] = {}
         # The ids whose keys are committed. Until then they go with each piece.
         self.known: set[int] = set()
-        # Records that are not yet on their way, and the ids that they use; since when, by time.monotonic().
+        # Records that are not yet on their way, and the ids that they use. When the last were sent, by
+        # time.monotonic(), and in which period of HOLD_S.
         self.held: list[bytes] = []
         self.held_ids: set[int] = set()
         self.held_bytes = 0
         self.sent_at = -math.inf
+        self.period = -1
         self.under_way = 0
         self.lost: Counter[str] = Counter()
 
@@ -164,13 +165,16 @@ class Recorder:
             with source.lock:
                 source.lost[_reason(error)] += 1
             return
-        if time.monotonic() - source.sent_at >= self._hold_s - SOON_S:
+        # All sources at the same moments, for one commit.
+        period = time_ns // max(1, int(self._hold_s * 1e9))
+        if period != source.period or not self._hold_s:
+            source.period = period
             self._send(source)
 
     def send_due(self, *, all_held: bool = False) -> None:
         """Sends on its way what is held for long, or everything: of a source that is sampled no more, nobody
         else does."""
-        due = time.monotonic() - self._hold_s - SOON_S
+        due = time.monotonic() - self._hold_s
         with self._lock:
             sources = list(self._sources.values())
         for source in sources:
