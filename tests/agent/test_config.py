@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trackagent.agent.config import AgentConfig, flag, load, variable
+from trackagent.agent.config import AgentConfig, flag, load, loopback_address, variable
 from trackagent.agent.errors import ConfigError
 from trackagent.client.config import ClientConfig
 
@@ -234,3 +234,42 @@ def test_a_node_that_no_rank_could_name_is_refused(environ: dict[str, str]) -> N
 def test_a_collector_that_is_not_there_is_refused_by_name(environ: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"collect is 'sistem': .*did you mean system.*--collect"):
         load({"collect": "sistem"}, environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("127.1.2.3:0", ("127.1.2.3", 0)),
+        ("localhost:9464", ("127.0.0.1", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+    ],
+)
+def test_an_address_of_this_node_is_taken(text: str, meant: tuple[str, int]) -> None:
+    assert loopback_address(text) == meant
+
+
+@pytest.mark.parametrize("text", ["0.0.0.0:9464", "[::]:9464", "10.0.0.1:9464", "[fe80::1]:9464"])
+def test_an_address_that_others_could_reach_is_refused(environ: dict[str, str], text: str) -> None:
+    environ["TRACKAGENT_PROMETHEUS"] = text
+    with pytest.raises(ConfigError) as refused:
+        load({}, environ)
+    assert str(refused.value) == (
+        f"prometheus is {text!r}: give an address of this node alone, such as 127.0.0.1:9464, since what is "
+        "read there is neither encrypted nor authenticated; to read it from elsewhere, put a proxy before it "
+        "that is (from environment TRACKAGENT_PROMETHEUS)"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["9464", "on", "127.0.0.1", "127.0.0.1:", "127.0.0.1:65536", "127.0.0.1:x", ":9464"]
+)
+def test_what_is_no_address_is_refused(environ: dict[str, str], text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^prometheus is .*such as 127\.0\.0\.1:9464"):
+        load({"prometheus": text}, environ)
+
+
+def test_an_empty_address_is_none(tmp_path: Path, environ: dict[str, str]) -> None:
+    path = written(tmp_path, "prometheus = '127.0.0.1:9464'")
+    config, _ = load({"prometheus": ""}, environ, path)
+    assert config.prometheus == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Iterator
@@ -322,3 +323,31 @@ def test_a_driver_that_fails_is_a_warning() -> None:
 )
 def test_a_low_limit_of_open_files_is_a_warning(limits: tuple[int, int], status: str) -> None:
     assert doctor.check_open_files(limits).status == status
+
+
+# --- prometheus
+
+
+def test_prometheus_is_off_unless_asked_for(config: AgentConfig) -> None:
+    assert outcome(doctor.check_prometheus(config, agent_runs=True)) == ("ok", "off")
+
+
+@pytest.mark.parametrize(
+    ("listening", "agent_runs", "status", "says"),
+    [
+        (True, True, "ok", "answers"),
+        (True, False, "fail", "is another program's"),
+        (False, True, "warn", "nothing answers"),
+        (False, False, "ok", "not there yet"),
+    ],
+)
+def test_whether_prometheus_is_answered(
+    config: AgentConfig, listening: bool, agent_runs: bool, status: str, says: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        where = f"127.0.0.1:{listener.getsockname()[1]}"
+        if not listening:
+            listener.close()
+        asked = dataclasses.replace(config, prometheus=where)
+        check = doctor.check_prometheus(asked, agent_runs=agent_runs)
+    assert (check.status, where in check.found, says in check.found) == (status, True, True)

@@ -35,6 +35,7 @@ STORE_NAME = "store.db"
 OWNERS_NAME = "owners.db"
 DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME)
 LOCK_NAME = "agent.lock"
+_LOCALHOST = "127.0.0.1"
 DEAD_LETTERS_NAME = "dead-letters"
 QUARANTINE_NAME = "quarantine"
 NODE_NAME = re.compile(r"[!-~]{1,253}")
@@ -92,6 +93,10 @@ class AgentConfig:
     sample_interval_s: float = 1.0
     """How often."""
 
+    prometheus: str = ""
+    """HOST:PORT of this node alone where Prometheus may read how the agent is doing and what it sampled last:
+    127.0.0.1:9464; port 0 is any that is free. Empty: nowhere."""
+
     log_level: str = "info"
     """How much the agent says: debug, info, warning or error."""
 
@@ -141,6 +146,11 @@ class AgentConfig:
             intervals(self.collect, self.sample_interval_s)
         except ValueError as error:
             raise ConfigError(f"collect is {self.collect!r:.300}: {error}") from None
+        try:
+            if self.prometheus:
+                loopback_address(self.prometheus)
+        except ValueError as error:
+            raise ConfigError(f"prometheus is {self.prometheus!r:.300}: {error}") from None
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}: give {', '.join(LOG_LEVELS)}")
 
@@ -232,6 +242,26 @@ def flag(name: str) -> str:
     return {"directory": "--dir", "state_directory": "--state"}.get(
         name, f"--{name.replace('_', '-')}"
     )
+
+
+def loopback_address(text: str) -> tuple[str, int]:
+    """IP address and port of HOST:PORT; ValueError says what is wrong, also where others could reach it."""
+    import ipaddress  # not needed otherwise
+
+    host, _, port = text.rpartition(":")
+    example = "such as 127.0.0.1:9464"
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ValueError(f"give HOST:PORT, {example}")
+    try:
+        address = ipaddress.ip_address(_LOCALHOST if host == "localhost" else host.strip("[]"))
+    except ValueError:
+        raise ValueError(f"give an IP address or localhost before the port, {example}") from None
+    if not address.is_loopback:
+        raise ValueError(
+            f"give an address of this node alone, {example}, since what is read there is neither "
+            "encrypted nor authenticated; to read it from elsewhere, put a proxy before it that is"
+        )
+    return str(address), int(port)
 
 
 def _without(environ: Mapping[str, str], name: str) -> dict[str, str]:

@@ -17,7 +17,9 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trackagent.agent.store as store
 from trackagent.agent import server
@@ -42,6 +44,9 @@ from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import NotFound, Writer
 from trackagent.client.trust import check_file, check_folder, private_folder
 from trackagent.protos.v1 import agent_pb2
+
+if TYPE_CHECKING:
+    from trackagent.agent.scrapes import Scrapes
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +176,15 @@ async def _run(
         access = None if config.group is None else await _access(config, spool)
         if access is not None:
             opened.callback(access.owners.close)
-        return await _serve(config, version, started_ns, spool, writer, access, stop, locks)
+        scrapes = None
+        if config.prometheus:
+            # Imported here and below: only who asks for it pays for its libraries.
+            from trackagent.agent.scrapes import Scrapes
+
+            scrapes = opened.enter_context(Scrapes(config.prometheus))
+        return await _serve(
+            config, version, started_ns, spool, writer, access, stop, locks, scrapes
+        )
 
 
 async def _serve(
@@ -183,6 +196,7 @@ async def _serve(
     access: Access | None,
     stop: asyncio.Event,
     locks: Sequence[Lock],
+    scrapes: Scrapes | None,
 ) -> bool:
     pipeline = Pipeline(
         spool,
@@ -260,6 +274,23 @@ async def _serve(
     orphans.start()
     sampler.start()
     trimming = asyncio.create_task(_trim(quarantine))
+    if scrapes is not None:
+        from trackagent.agent.prometheus import Exposition, Sources
+
+        sources = Sources(
+            config=config,
+            node=_node(config),
+            version=version,
+            started_ns=started_ns,
+            spool=spool,
+            pipeline=pipeline,
+            sampler=sampler,
+            streams=servicer.streams,
+            lost=partial(_lost, config),
+            held=quarantine.held,
+        )
+        scrapes.start(Exposition(sources).render)
+        logger.info("Prometheus can read %s", scrapes.url)
     logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
     logger.info("runs are stored in %s", config.store_path)
 
@@ -292,13 +323,17 @@ async def _serve(
 
 def _sampler(config: AgentConfig, spool: Spool, access: Access | None) -> Sampler:
     active = Active(spool)
-    node = config.node or socket.gethostname()
+    node = _node(config)
     return Sampler(
         intervals(config.collect, config.sample_interval_s),
         Here(ranks=active.ranks, folders=(config.directory, config.state_directory)),
         active,
         Recorder(spool, node, claim=None if access is None else access.claim_own),
     )
+
+
+def _node(config: AgentConfig) -> str:
+    return config.node or socket.gethostname()
 
 
 async def _gone(stop: asyncio.Event, locks: Sequence[Lock], own: Sequence[OwnFile]) -> Path | None:

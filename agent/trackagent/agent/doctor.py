@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import resource
+import socket
 import sqlite3
 import stat
 import time
@@ -20,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, Protocol
 
-from trackagent.agent.config import AgentConfig
+from trackagent.agent.config import AgentConfig, loopback_address
 from trackagent.agent.errors import AgentError
 from trackagent.client import trust
 from trackagent.client.config import MAX_SOCKET_PATH_BYTES, ClientConfig, socket_address
@@ -96,6 +97,7 @@ def examine(
     return [
         check_socket(config),
         agent,
+        check_prometheus(config, agent_runs=agent.found.startswith("pid ")),
         check_training_processes(config, lambda: ClientConfig.load(environ=os.environ)),
         check_folder("directory", directory, os.getuid(), shared=config.group is not None),
         check_folder("state_directory", state_directory, os.getuid(), shared=False),
@@ -159,6 +161,26 @@ def check_agent(
             "restart the agent after an update: trackagent stop, trackagent start",
         )
     return Check("agent", "ok", found)
+
+
+def check_prometheus(config: AgentConfig, *, agent_runs: bool) -> Check:
+    name, where = "prometheus", config.prometheus
+    if not where:
+        return Check(name, "ok", "off")
+    host, port = loopback_address(where)
+    if not port:
+        return Check(name, "ok", f"{where}: any free port, the agent's log names it")
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except OSError:
+        if agent_runs:
+            advice = f"the agent runs without it: start it again, with --prometheus {where}"
+            return Check(name, "warn", f"nothing answers at {where}", advice)
+        return Check(name, "ok", f"{where}, not there yet")
+    if agent_runs:
+        return Check(name, "ok", f"{where}, answers")
+    advice = "end what listens there, or give another --prometheus"
+    return Check(name, "fail", f"{where} is another program's", advice)
 
 
 # --- folders ----------------------------------------------------------------------------------------

@@ -63,6 +63,8 @@ class Pipeline(threading.Thread):
         super().__init__(name=f"pipeline-{sink.name}", daemon=True)
         self.state = "idle"
         self.error = ""
+        # When the sink last took something, time.time_ns(); 0: not since the start.
+        self.accepted_ns = 0
         self._spool = spool
         self._sink = sink
         self._interval_s = interval_s
@@ -204,6 +206,7 @@ class Pipeline(threading.Thread):
                 self._spool.delivered(
                     self._sink.name, delivery.id.last, patience_s=patience_s
                 ).result()
+                self.accepted_ns = time.time_ns()
                 if self._most is not None:
                     self._most = 2 * self._most if self._most < MANY_BATCHES else None
 

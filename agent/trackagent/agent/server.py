@@ -159,6 +159,10 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         """Whether a stream is open that is the producer's or has brought something of it. From any thread."""
         return producer_id in self._connected
 
+    def streams(self) -> int:
+        """How many are open. From any thread."""
+        return self._streams
+
     async def OpenRun(
         self, request: agent_pb2.OpenRunRequest, context: Context
     ) -> agent_pb2.OpenRunResponse:

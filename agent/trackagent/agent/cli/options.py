@@ -38,6 +38,7 @@ FLAGS = {
     "node": ("NAME", "Name of this node."),
     "collect": ("NAMES", "What to sample: all, none, or names."),
     "sample_interval_s": ("SECONDS", "How often to sample."),
+    "prometheus": ("HOST:PORT", "Where Prometheus may read, such as 127.0.0.1:9464."),
     "log_level": ("LEVEL", "debug, info, warning or error."),
 }
 
