@@ -188,6 +188,17 @@ def test_nobody_listens_after_the_end() -> None:
         connect(scrapes)
 
 
+def test_a_connection_at_the_end_is_closed_and_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    with Scrapes("127.0.0.1:0") as scrapes:
+        scrapes.start(lambda: TEXT)
+        connection = connect(scrapes)
+        # The one that came later was answered: this one is waited for.
+        assert ask(scrapes) == (200, TEXT)
+    with connection:
+        assert ended(connection)
+    assert caplog.records == []
+
+
 def test_one_that_never_began_lets_go_of_its_port() -> None:
     with Scrapes("127.0.0.1:0") as scrapes:
         pass

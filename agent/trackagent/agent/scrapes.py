@@ -95,6 +95,8 @@ class Scrapes:
             await asyncio.wait_for(self._exchange(reader, writer), self._exchange_s)
         except (asyncio.TimeoutError, OSError, EOFError):
             pass  # too slow, or gone
+        except asyncio.CancelledError:
+            pass  # this is the end; asyncio would log an error for each that ends cancelled
         finally:
             self._connections -= 1
             writer.transport.abort()
