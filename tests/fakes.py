@@ -85,7 +85,9 @@ class Folders(NamedTuple):
         return kept | {
             "TRACKAGENT_DIR": str(self.directory),
             "TRACKAGENT_STATE": str(self.state),
-            "TRACKAGENT_COLLECT": "none",  # what a node is doing is no part of most tests
+            # What a node is doing, and how a run is doing, are no part of most tests.
+            "TRACKAGENT_COLLECT": "none",
+            "TRACKAGENT_HEALTH": "none",
         }
 
     @property

@@ -12,12 +12,13 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trackagent.agent.collect.table import ALL, intervals
+from trackagent.agent.collect.table import ALL, NONE, intervals
 from trackagent.agent.errors import ConfigError
+from trackagent.agent.health.settings import RULES, Thresholds
 from trackagent.client.config import (
     MAX_SOCKET_PATH_BYTES,
     SOCKET_NAME,
@@ -42,7 +43,7 @@ NODE_NAME = re.compile(r"[!-~]{1,253}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AgentConfig:
+class AgentConfig(Thresholds):
     """Checked at construction, without touching files or network."""
 
     directory: Path
@@ -97,6 +98,18 @@ class AgentConfig:
     """HOST:PORT of this node alone where Prometheus may read how the agent is doing and what it sampled last:
     127.0.0.1:9464; port 0 is any that is free. Empty: nowhere."""
 
+    health: str = ALL
+    """What is told of runs and the node when it goes wrong: all, none, or rules with commas between."""
+
+    hook_command: str = ""
+    """What /bin/sh runs at each event, with the event as JSON on its standard input."""
+
+    hook_url: str = field(default="", repr=False)
+    """Where each event is sent by POST, as JSON that Slack's webhooks take. It may be a secret."""
+
+    hook_interval_s: float = 10.0
+    """After some events at once, how long until the next message; what happens meanwhile goes with it."""
+
     log_level: str = "info"
     """How much the agent says: debug, info, warning or error."""
 
@@ -122,6 +135,19 @@ class AgentConfig:
             ("gone_after_s", 1, 365 * 86_400),
             ("drain_timeout_s", 0, 86_400),
             ("sample_interval_s", 1, 3_600),
+            ("hook_interval_s", 0, 86_400),
+            ("hang_s", 1, 365 * 86_400),
+            ("hang_steps", 1, 1_000_000),
+            ("straggler_ratio", 0, 1),
+            ("spike_factor", 1, 1_000_000),
+            ("spike_window", 10, 10_000),
+            ("spike_patience", 1, 1_000),
+            ("memory_warning", 0, 1),
+            ("memory_error", 0, 1),
+            ("disk_error", 0, 1),
+            ("busy_percent", 0, 100),
+            ("throttled_s", 0, 86_400),
+            ("silent_s", 1, 365 * 86_400),
         ):
             # Written so that NaN is refused too.
             if not low <= getattr(self, name) <= high:
@@ -151,8 +177,29 @@ class AgentConfig:
                 loopback_address(self.prometheus)
         except ValueError as error:
             raise ConfigError(f"prometheus is {self.prometheus!r:.300}: {error}") from None
+        try:
+            self.health_rules()
+        except ValueError as error:
+            raise ConfigError(f"health is {self.health!r:.300}: {error}") from None
+        if self.hook_url and not re.fullmatch(r"https?://[!-~]+", self.hook_url):
+            # Without its value, which may be a secret.
+            raise ConfigError(
+                "hook_url is no address: give one that begins with https:// or http://"
+            )
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}: give {', '.join(LOG_LEVELS)}")
+
+    def health_rules(self) -> frozenset[str]:
+        """The rules that `health` asks for. ValueError says what is wrong."""
+        if self.health.strip() in (ALL, NONE):
+            return frozenset(RULES if self.health.strip() == ALL else ())
+        asked = [name.strip() for name in self.health.split(",")]
+        for name in asked:
+            if name not in RULES:
+                raise ValueError(
+                    f"there is no rule {name!r}: give all, none, or {', '.join(RULES)}"
+                )
+        return frozenset(asked)
 
     @property
     def socket_path(self) -> Path:

@@ -33,6 +33,10 @@ from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
 from trackagent.agent.gate import Gate
+from trackagent.agent.health.hardware import readings
+from trackagent.agent.health.hooks import Hooks
+from trackagent.agent.health.telling import Telling
+from trackagent.agent.health.watch import Watch
 from trackagent.agent.limits import allow_files, give_memory_back
 from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
 from trackagent.agent.orphans import Orphans
@@ -51,6 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 1.0
+HOOKS_STOP_S = 2.0
 TRIM_INTERVAL_S = 1.0
 WATCH_INTERVAL_S = 0.5
 # On the disk of the state, to begin.
@@ -198,6 +203,12 @@ async def _serve(
     locks: Sequence[Lock],
     scrapes: Scrapes | None,
 ) -> bool:
+    active = Active(spool)
+    sampler = _sampler(config, spool, active, access)
+    hooks = Hooks(
+        command=config.hook_command, url=config.hook_url, interval_s=config.hook_interval_s
+    )
+    watch = _watch(config, active, sampler, hooks)
     pipeline = Pipeline(
         spool,
         StoreSink(writer),
@@ -205,6 +216,7 @@ async def _serve(
         dead_letters=DeadLetters(
             config.dead_letters_path, StoreSink.name, max_bytes=config.dead_letter_bytes
         ),
+        observer=watch,
     )
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],
@@ -252,7 +264,6 @@ async def _serve(
         connected=servicer.is_connected,
         gone_after_s=config.gone_after_s,
     )
-    sampler = _sampler(config, spool, access)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup has it ignored: the agent outlives its terminal then.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -273,6 +284,8 @@ async def _serve(
     pipeline.start()
     orphans.start()
     sampler.start()
+    hooks.start()
+    watch.start()
     trimming = asyncio.create_task(_trim(quarantine))
     if scrapes is not None:
         from trackagent.agent.prometheus import Exposition, Sources
@@ -305,11 +318,13 @@ async def _serve(
         config.socket_path.unlink(missing_ok=True)
     if access is not None:
         await access.gate.stop()
+    await asyncio.to_thread(watch.stop)
     await asyncio.to_thread(sampler.stop)
     await asyncio.to_thread(orphans.stop)
     # Who begins anew does not let the ranks wait for a sink.
     drain_s = config.drain_timeout_s if missing is None else 0.0
     await asyncio.to_thread(pipeline.stop, drain_s)
+    await asyncio.to_thread(hooks.stop, HOOKS_STOP_S)
     left = (await asyncio.wrap_future(spool.statistics()))["batches"]
     if missing is not None:
         return True
@@ -321,14 +336,25 @@ async def _serve(
     return False
 
 
-def _sampler(config: AgentConfig, spool: Spool, access: Access | None) -> Sampler:
-    active = Active(spool)
-    node = _node(config)
+def _sampler(config: AgentConfig, spool: Spool, active: Active, access: Access | None) -> Sampler:
     return Sampler(
         intervals(config.collect, config.sample_interval_s),
         Here(ranks=active.ranks, folders=(config.directory, config.state_directory)),
         active,
-        Recorder(spool, node, claim=None if access is None else access.claim_own),
+        Recorder(spool, _node(config), claim=None if access is None else access.claim_own),
+    )
+
+
+def _watch(config: AgentConfig, active: Active, sampler: Sampler, hooks: Hooks) -> Watch:
+    telling = Telling(active, hooks, _node(config))
+    return Watch(
+        config,
+        rules=config.health_rules(),
+        readings=lambda: readings(
+            sample for latest in sampler.latest().values() for sample in latest.samples
+        ),
+        tell=telling.tell,
+        passed=telling.passed,
     )
 
 

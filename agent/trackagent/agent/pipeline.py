@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from trackagent.agent import notices
 from trackagent.agent.deadletters import DeadLetter, DeadLetters
@@ -53,12 +53,30 @@ class _TimeIsUp(Exception):
     """Told to stop, and the time for it has passed."""
 
 
+class Observer(Protocol):
+    """Sees what a sink gets, on the pipeline's thread: quick, and raises nothing."""
+
+    def take(self, batch: Batch) -> None:
+        """The sink has accepted this batch."""
+        ...
+
+    def caught_up(self) -> None:
+        """The sink has everything that was received until now."""
+        ...
+
+
 class Pipeline(threading.Thread):
     """Feeds one sink. `interval_s`: how long records may wait so that more of them go together.
     `dead_letters`: the sink's."""
 
     def __init__(
-        self, spool: Spool, sink: Sink, *, interval_s: float, dead_letters: DeadLetters
+        self,
+        spool: Spool,
+        sink: Sink,
+        *,
+        interval_s: float,
+        dead_letters: DeadLetters,
+        observer: Observer | None = None,
     ) -> None:
         super().__init__(name=f"pipeline-{sink.name}", daemon=True)
         self.state = "idle"
@@ -69,6 +87,7 @@ class Pipeline(threading.Thread):
         self._sink = sink
         self._interval_s = interval_s
         self._letters = dead_letters
+        self._observer = observer
         # Batches of a delivery at most, None: any number.
         self._most: int | None = None
         self._retry_at = 0.0
@@ -118,15 +137,22 @@ class Pipeline(threading.Thread):
                 self._deliver(delivery, hurried=size >= DELIVERY_BYTES)
                 idle_work = True
                 if size < DELIVERY_BYTES and self._most is None:
+                    self._tell_caught_up()
                     idle_work = self._idle()
                     self._stopping.wait(max(0.0, began + self._interval_s - time.monotonic()))
                     sharing = True
             elif self._stopping.is_set():
                 break
             elif idle_work:
+                self._tell_caught_up()
                 idle_work = self._idle()
             else:
+                self._tell_caught_up()
                 seen = self._spool.wait(seen, 0.5)
+
+    def _tell_caught_up(self) -> None:
+        if self._observer is not None:
+            self._observer.caught_up()
 
     def _reconcile(self) -> None:
         """The sink's own word for what it has counts where the spool knows of less."""
@@ -194,14 +220,17 @@ class Pipeline(threading.Thread):
         def attempt() -> None:
             self._retry_letters()
             self.state = "delivering"
+            batch = decode(delivery, self._spool.keys)
             try:
-                self._sink.deliver(decode(delivery, self._spool.keys))
+                self._sink.deliver(batch)
             except Rejected as error:
                 if len(delivery.batches) > 1:
                     self._halve(delivery)
                 else:
                     self._set_aside(delivery, str(error))
             else:
+                if self._observer is not None:
+                    self._observer.take(batch)
                 patience_s = 0.0 if hurried else self._patience_s()
                 self._spool.delivered(
                     self._sink.name, delivery.id.last, patience_s=patience_s

@@ -23,7 +23,8 @@ MOST_SECONDS = 365 * 86_400
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# Field of AgentConfig → what `start`, `run` and `config` show of its option: the value, and its meaning.
+# Field of AgentConfig → what `start`, `run` and `config` show of its option: the value, and its meaning. The
+# webhook may be a secret, which process lists would show: it is given in the environment or the file.
 FLAGS = {
     "spool_bytes": ("BYTES", "Cap of the spool."),
     "dead_letter_bytes": ("BYTES", "Cap of what sinks have rejected."),
@@ -39,6 +40,24 @@ FLAGS = {
     "collect": ("NAMES", "What to sample: all, none, or names."),
     "sample_interval_s": ("SECONDS", "How often to sample."),
     "prometheus": ("HOST:PORT", "Where Prometheus may read, such as 127.0.0.1:9464."),
+    "health": ("RULES", "What to tell of: all, none, or rules."),
+    "hang_s": ("SECONDS", "How long no step may move."),
+    "hang_steps": ("N", "And so many of the longest recent step."),
+    "straggler_ratio": ("RATIO", "Fastest rank's time by its own."),
+    "waiting_timers": ("PATTERNS", "Phases of waiting for others."),
+    "spike_keys": ("PATTERNS", "Metrics looked at for spikes."),
+    "spike_factor": ("N", "So many medians are a spike."),
+    "spike_window": ("N", "Values of the median."),
+    "spike_patience": ("N", "High values in a row."),
+    "finite_keys": ("PATTERNS", "Metrics that are to be finite."),
+    "memory_warning": ("PART", "Of memory in use: a warning."),
+    "memory_error": ("PART", "Of memory in use: an error."),
+    "disk_error": ("PART", "Of a file system in use."),
+    "busy_percent": ("PERCENT", "GPUs that are busy."),
+    "throttled_s": ("SECONDS", "How long one may be throttled."),
+    "silent_s": ("SECONDS", "How long nothing may come of a node."),
+    "hook_command": ("COMMAND", "Run at each event."),
+    "hook_interval_s": ("SECONDS", "Between messages, after the first few."),
     "log_level": ("LEVEL", "debug, info, warning or error."),
 }
 
@@ -81,7 +100,7 @@ def configured(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def agent_flags(command: Command) -> Command:
-    """Adds a flag for every other setting of the agent; stands below `configured`."""
+    """Adds a flag for every other setting of the agent but the webhook; stands below `configured`."""
     for name, (metavar, meaning) in reversed(FLAGS.items()):
         command = click.option(flag(name), metavar=metavar, help=meaning)(command)
     return command

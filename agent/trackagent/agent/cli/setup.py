@@ -83,6 +83,10 @@ def config_command(where: dict[str, Any], config: AgentConfig, as_json: bool) ->
         name: None if value is None else value if isinstance(value, (int, float)) else str(value)
         for name, value in dataclasses.asdict(config).items()
     }
+    if config.hook_url:
+        from trackagent.agent.health.hooks import shown_url
+
+        values["hook_url"] = f"{shown_url(config.hook_url)}/…"
     if as_json:
         print_json(
             {name: {"value": value, "from": origins[name]} for name, value in values.items()}
