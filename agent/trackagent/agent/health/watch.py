@@ -79,6 +79,10 @@ class Watch:
                 return
             for run_id in ended:
                 self._alarms.forget(run_id)
+        infos = {info.producer_id: info for info in batch.producers}
+        for event in batch.events:
+            if (info := infos.get(event.producer_id)) is not None:
+                self._passed(event, info)
 
     def caught_up(self) -> None:
         """Everything that was received is delivered."""
