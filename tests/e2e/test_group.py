@@ -113,6 +113,10 @@ def status(stub: Stub) -> agent_pb2.StatusResponse:
     return stub.Status(agent_pb2.StatusRequest(), timeout=DEADLINE_S)
 
 
+def node(stub: Stub) -> agent_pb2.NodeResponse:
+    return stub.Node(agent_pb2.NodeRequest(), timeout=DEADLINE_S)
+
+
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -202,6 +206,18 @@ def test_a_member_sees_their_own_ranks_only(agent: AgentProcess, alices: tuple[s
     assert isinstance(answer, agent_pb2.StatusResponse)
     seen = {one.producer.producer_id for one in answer.producers}
     assert (mine in seen, alices[1] in seen, answer.state_directory) == (True, False, "")
+
+
+def test_a_member_sees_their_own_runs_only(agent: AgentProcess, alices: tuple[str, bytes]) -> None:
+    mine = uuid4().hex
+    assert call(agent, BOB, opening(mine, os.urandom(16))) is True
+    seen = call(agent, BOB, node)
+    assert isinstance(seen, agent_pb2.NodeResponse)
+    runs = {run.run_id for run in seen.runs}
+    assert (mine in runs, alices[0] in runs, seen.agent_version != "") == (True, False, True)
+    everything = call(agent, ALICE, node)
+    assert isinstance(everything, agent_pb2.NodeResponse)
+    assert {mine, alices[0]} <= {run.run_id for run in everything.runs}
 
 
 def test_the_agents_user_sees_all_ranks(agent: AgentProcess, alices: tuple[str, bytes]) -> None:

@@ -66,3 +66,29 @@ class Access:
         status.lost_unknown = "only the user who runs the agent may see it"
         for sink in status.sinks:
             sink.ClearField("error")
+
+    async def hide_runs(self, peer: str, node: agent_pb2.NodeResponse) -> None:
+        """Leaves in `node` what the caller may see: for one who does not run the agent, their own runs, with
+        what is said of them, and all that is sampled of the node."""
+        uid = self.user(peer)
+        if uid in (os.geteuid(), 0):
+            return
+        await asyncio.to_thread(self._keep_own_runs, uid, node)
+        node.ClearField("more_ranks")
+        node.ClearField("more_alarms")
+        for collector in node.collectors:
+            if collector.state != "off":
+                collector.ClearField("reason")
+
+    def _keep_own_runs(self, uid: int, node: agent_pb2.NodeResponse) -> None:
+        runs = [
+            run
+            for run in node.runs
+            if run.ranks and all(self.owners.is_of(one.producer_id, uid) for one in run.ranks)
+        ]
+        own = {run.run_id for run in runs}
+        alarms = [one for one in node.alarms if one.run_id in own or not one.run_id]
+        events = [one for one in node.events if one.run_id in own]
+        for name, kept in (("runs", runs), ("alarms", alarms), ("events", events)):
+            node.ClearField(name)
+            getattr(node, name).extend(kept)

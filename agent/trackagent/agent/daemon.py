@@ -35,6 +35,7 @@ from trackagent.agent.errors import AgentError
 from trackagent.agent.gate import Gate
 from trackagent.agent.health.hardware import readings
 from trackagent.agent.health.hooks import Hooks
+from trackagent.agent.health.progress import progress
 from trackagent.agent.health.telling import Telling
 from trackagent.agent.health.watch import Watch
 from trackagent.agent.limits import allow_files, give_memory_back
@@ -42,10 +43,11 @@ from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.owners import Owners
 from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.present import Present, RecentEvents
 from trackagent.agent.quarantine import Quarantine
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
-from trackagent.agent.store.contract import NotFound, Writer
+from trackagent.agent.store.contract import EventData, NotFound, ProducerInfo, Writer
 from trackagent.client.trust import check_file, check_folder, private_folder
 from trackagent.protos.v1 import agent_pb2
 
@@ -208,7 +210,16 @@ async def _serve(
     hooks = Hooks(
         command=config.hook_command, url=config.hook_url, interval_s=config.hook_interval_s
     )
-    watch = _watch(config, active, sampler, hooks)
+    events = RecentEvents()
+    watch = _watch(config, active, sampler, hooks, events)
+    present = Present(
+        node=_node(config),
+        version=version,
+        sampling=sampler,
+        ranks=active.ranks,
+        progress=lambda: progress(watch, config),
+        events=events,
+    )
     pipeline = Pipeline(
         spool,
         StoreSink(writer),
@@ -254,7 +265,7 @@ async def _serve(
                 letters = await asyncio.to_thread(pipeline.dead_letters)
                 sink.dead_letters, sink.dead_letter_bytes = letters
 
-    servicer = server.Servicer(spool, config, version, describe, access)
+    servicer = server.Servicer(spool, config, version, describe, access, present.look)
     orphans = Orphans(
         spool,
         config.directory,
@@ -345,8 +356,15 @@ def _sampler(config: AgentConfig, spool: Spool, active: Active, access: Access |
     )
 
 
-def _watch(config: AgentConfig, active: Active, sampler: Sampler, hooks: Hooks) -> Watch:
+def _watch(
+    config: AgentConfig, active: Active, sampler: Sampler, hooks: Hooks, events: RecentEvents
+) -> Watch:
     telling = Telling(active, hooks, _node(config))
+
+    def passed(event: EventData, info: ProducerInfo) -> None:
+        telling.passed(event, info)
+        events.take(event, info)
+
     return Watch(
         config,
         rules=config.health_rules(),
@@ -354,7 +372,7 @@ def _watch(config: AgentConfig, active: Active, sampler: Sampler, hooks: Hooks) 
             sample for latest in sampler.latest().values() for sample in latest.samples
         ),
         tell=telling.tell,
-        passed=telling.passed,
+        passed=passed,
     )
 
 

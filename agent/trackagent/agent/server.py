@@ -134,7 +134,8 @@ class _Uncommitted:
 
 class Servicer(agent_pb2_grpc.AgentServicer):
     """The Agent service. `describe` fills in what the service itself does not know (sinks, losses,
-    folders). access: what each user may do; None: only one can connect."""
+    folders). access: what each user may do; None: only one can connect. look: how the node is, but for which
+    ranks are connected; it may wait."""
 
     def __init__(
         self,
@@ -143,12 +144,14 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         version: str,
         describe: Callable[[agent_pb2.StatusResponse], Awaitable[None]],
         access: Access | None = None,
+        look: Callable[[], agent_pb2.NodeResponse] = agent_pb2.NodeResponse,
     ) -> None:
         self._spool = spool
         self._config = config
         self._version = version
         self._describe = describe
         self._access = access
+        self._look = look
         self._streams = 0
         # Of users who do not run the agent; all others together under None.
         self._users_streams: Counter[int | None] = Counter()
@@ -336,6 +339,17 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             response.lost_records[LOST_BATCHES] = statistics["lost_batches"]
         if self._access is not None:
             await _permitted(self._access.hide(context.peer(), response), context)
+        return response
+
+    async def Node(
+        self, request: agent_pb2.NodeRequest, context: Context
+    ) -> agent_pb2.NodeResponse:
+        response = await asyncio.to_thread(self._look)
+        for run in response.runs:
+            for rank in run.ranks:
+                rank.connected = self.is_connected(rank.producer_id)
+        if self._access is not None:
+            await _permitted(self._access.hide_runs(context.peer(), response), context)
         return response
 
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "runs": "runs",
     "show": "show",
     "tail": "points",
+    "top": "top",
     "export": "points",
     "dead-letters": "deadletters",
     "doctor": "setup",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from trackagent.agent.cli import NothingThere
 from trackagent.agent.cli.options import is_there
@@ -15,7 +16,10 @@ from trackagent.agent.config import LOCK_NAME, AgentConfig
 from trackagent.agent.errors import AgentError
 
 if TYPE_CHECKING:
-    from trackagent.protos.v1.agent_pb2 import StatusResponse
+    from trackagent.protos.v1.agent_pb2 import NodeResponse, StatusResponse
+    from trackagent.protos.v1.agent_pb2_grpc import AgentStub
+
+Answer = TypeVar("Answer")
 
 STATUS_TIMEOUT_S = 3.0
 
@@ -88,10 +92,31 @@ def _parsed(path: Path, content: bytes) -> Holder:
 def ask_status(config: AgentConfig, timeout_s: float = STATUS_TIMEOUT_S) -> StatusResponse:
     """What the agent of config.directory says about itself. NothingThere when none listens; AgentError when
     one does but refuses or takes longer than `timeout_s`."""
+    from trackagent.protos.v1 import agent_pb2
+
+    def ask(stub: AgentStub) -> StatusResponse:
+        answer: StatusResponse = stub.Status(agent_pb2.StatusRequest(), timeout=timeout_s)
+        return answer
+
+    return _asked(config, timeout_s, ask)
+
+
+def ask_node(config: AgentConfig, timeout_s: float = STATUS_TIMEOUT_S) -> NodeResponse:
+    """What the agent of config.directory says about its node. Errors as of ask_status."""
+    from trackagent.protos.v1 import agent_pb2
+
+    def ask(stub: AgentStub) -> NodeResponse:
+        answer: NodeResponse = stub.Node(agent_pb2.NodeRequest(), timeout=timeout_s)
+        return answer
+
+    return _asked(config, timeout_s, ask)
+
+
+def _asked(config: AgentConfig, timeout_s: float, ask: Callable[[AgentStub], Answer]) -> Answer:
     # Imported here: the commands that only read the lock do without grpc.
     import grpc
 
-    from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
+    from trackagent.protos.v1 import agent_pb2_grpc
 
     path = config.socket_path
     if not is_there(path):
@@ -99,13 +124,15 @@ def ask_status(config: AgentConfig, timeout_s: float = STATUS_TIMEOUT_S) -> Stat
     options = [("grpc.enable_http_proxy", 0), ("grpc.enable_retries", 0)]
     with grpc.insecure_channel(f"unix:{path}", options=options) as channel:
         try:
-            stub = agent_pb2_grpc.AgentStub(channel)
-            answer: StatusResponse = stub.Status(agent_pb2.StatusRequest(), timeout=timeout_s)
-            return answer
+            return ask(agent_pb2_grpc.AgentStub(channel))
         except grpc.RpcError as error:
             code, details = error.code(), error.details()
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         raise AgentError(f"the agent at {path} did not answer within {timeout_s:g} s; see its log")
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        raise AgentError(
+            f"the agent at {path} is older than this command: stop it and start it again"
+        )
     if code != grpc.StatusCode.UNAVAILABLE:
         raise AgentError(f"the agent at {path} refused to answer: {code.name}: {details}")
     if not os.access(path, os.R_OK | os.W_OK):

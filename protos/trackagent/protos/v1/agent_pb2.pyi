@@ -191,3 +191,155 @@ class ProducerStatus(_message.Message):
     state: str
     committed_bytes: int
     def __init__(self, producer: _Optional[_Union[Producer, _Mapping]] = ..., state: _Optional[str] = ..., committed_bytes: _Optional[int] = ...) -> None: ...
+
+class NodeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NodeResponse(_message.Message):
+    __slots__ = ("agent_version", "node", "time_ns", "readings", "collectors", "gpus", "more_gpus", "runs", "more_ranks", "alarms", "more_alarms", "events")
+    class ReadingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    READINGS_FIELD_NUMBER: _ClassVar[int]
+    COLLECTORS_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    MORE_GPUS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    MORE_RANKS_FIELD_NUMBER: _ClassVar[int]
+    ALARMS_FIELD_NUMBER: _ClassVar[int]
+    MORE_ALARMS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    agent_version: str
+    node: str
+    time_ns: int
+    readings: _containers.ScalarMap[str, float]
+    collectors: _containers.RepeatedCompositeFieldContainer[CollectorState]
+    gpus: _containers.RepeatedCompositeFieldContainer[GpuState]
+    more_gpus: int
+    runs: _containers.RepeatedCompositeFieldContainer[RunState]
+    more_ranks: int
+    alarms: _containers.RepeatedCompositeFieldContainer[Alarm]
+    more_alarms: int
+    events: _containers.RepeatedCompositeFieldContainer[RunEvent]
+    def __init__(self, agent_version: _Optional[str] = ..., node: _Optional[str] = ..., time_ns: _Optional[int] = ..., readings: _Optional[_Mapping[str, float]] = ..., collectors: _Optional[_Iterable[_Union[CollectorState, _Mapping]]] = ..., gpus: _Optional[_Iterable[_Union[GpuState, _Mapping]]] = ..., more_gpus: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[RunState, _Mapping]]] = ..., more_ranks: _Optional[int] = ..., alarms: _Optional[_Iterable[_Union[Alarm, _Mapping]]] = ..., more_alarms: _Optional[int] = ..., events: _Optional[_Iterable[_Union[RunEvent, _Mapping]]] = ...) -> None: ...
+
+class CollectorState(_message.Message):
+    __slots__ = ("name", "state", "reason", "since_ns", "sampled_ns")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SINCE_NS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_NS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: str
+    reason: str
+    since_ns: int
+    sampled_ns: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., reason: _Optional[str] = ..., since_ns: _Optional[int] = ..., sampled_ns: _Optional[int] = ...) -> None: ...
+
+class GpuState(_message.Message):
+    __slots__ = ("gpu", "uuid", "name", "mig_profile", "lost", "readings")
+    class ReadingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    MIG_PROFILE_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    READINGS_FIELD_NUMBER: _ClassVar[int]
+    gpu: str
+    uuid: str
+    name: str
+    mig_profile: str
+    lost: str
+    readings: _containers.ScalarMap[str, float]
+    def __init__(self, gpu: _Optional[str] = ..., uuid: _Optional[str] = ..., name: _Optional[str] = ..., mig_profile: _Optional[str] = ..., lost: _Optional[str] = ..., readings: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class RunState(_message.Message):
+    __slots__ = ("run_id", "run_name", "experiment", "attempt", "world_size", "ranks", "loss_key", "losses")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    RUN_NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_KEY_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    run_name: str
+    experiment: str
+    attempt: int
+    world_size: int
+    ranks: _containers.RepeatedCompositeFieldContainer[RankState]
+    loss_key: str
+    losses: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, run_id: _Optional[str] = ..., run_name: _Optional[str] = ..., experiment: _Optional[str] = ..., attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankState, _Mapping]]] = ..., loss_key: _Optional[str] = ..., losses: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class RankState(_message.Message):
+    __slots__ = ("producer_id", "rank", "local_rank", "pid", "connected", "step", "still_seconds", "step_seconds", "score", "cpu_percent", "rss_bytes")
+    PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STILL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    CPU_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    producer_id: bytes
+    rank: int
+    local_rank: int
+    pid: int
+    connected: bool
+    step: int
+    still_seconds: float
+    step_seconds: float
+    score: float
+    cpu_percent: float
+    rss_bytes: float
+    def __init__(self, producer_id: _Optional[bytes] = ..., rank: _Optional[int] = ..., local_rank: _Optional[int] = ..., pid: _Optional[int] = ..., connected: bool = ..., step: _Optional[int] = ..., still_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., score: _Optional[float] = ..., cpu_percent: _Optional[float] = ..., rss_bytes: _Optional[float] = ...) -> None: ...
+
+class Alarm(_message.Message):
+    __slots__ = ("rule", "subject", "level", "message", "run_id")
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    rule: str
+    subject: str
+    level: str
+    message: str
+    run_id: str
+    def __init__(self, rule: _Optional[str] = ..., subject: _Optional[str] = ..., level: _Optional[str] = ..., message: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
+
+class RunEvent(_message.Message):
+    __slots__ = ("run_id", "time_ns", "level", "source", "step", "message")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    time_ns: int
+    level: str
+    source: str
+    step: int
+    message: str
+    def __init__(self, run_id: _Optional[str] = ..., time_ns: _Optional[int] = ..., level: _Optional[str] = ..., source: _Optional[str] = ..., step: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...

@@ -55,6 +55,11 @@ class AgentStub(object):
                 request_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.StatusRequest.SerializeToString,
                 response_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.Node = channel.unary_unary(
+                '/trackagent.v1.Agent/Node',
+                request_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeRequest.SerializeToString,
+                response_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -96,6 +101,13 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Node(self, request, context):
+        """How this node, its GPUs and the runs on it are at this moment (`trackagent top`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -118,6 +130,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.StatusRequest.FromString,
                     response_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.StatusResponse.SerializeToString,
+            ),
+            'Node': grpc.unary_unary_rpc_method_handler(
+                    servicer.Node,
+                    request_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeRequest.FromString,
+                    response_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -229,6 +246,33 @@ class Agent(object):
             '/trackagent.v1.Agent/Status',
             trackagent_dot_protos_dot_v1_dot_agent__pb2.StatusRequest.SerializeToString,
             trackagent_dot_protos_dot_v1_dot_agent__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Node(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trackagent.v1.Agent/Node',
+            trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeRequest.SerializeToString,
+            trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeResponse.FromString,
             options,
             channel_credentials,
             insecure,
