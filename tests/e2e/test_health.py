@@ -96,9 +96,9 @@ def test_a_drill(own_agent: Callable[..., AgentProcess], folders: Folders, tmp_p
             return all(any(event["data"].get("over") for event in of_rule) for of_rule in told)
 
         wait_until(is_all_over, "everything is over")
-        for process in (first, second):
-            process.communicate(timeout=DEADLINE_S)
-    agent.stop()
+        first.communicate(timeout=DEADLINE_S)
+        second.kill()
+        wait_until(lambda: "died without finish()" in hooked.read_text(), "the death is passed on")
     told = [json.loads(line) for line in hooked.read_text().splitlines() if line.strip()]
     texts = "\n".join(event["text"] for event in told)
     assert "[error] run drill: loss is nan on rank 1 from step 44 on" in texts
