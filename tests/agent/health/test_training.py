@@ -160,6 +160,18 @@ def test_what_comes_late_of_an_earlier_attempt_changes_nothing() -> None:
     assert job.views.runs[RUN].ranks[0].step == 4
 
 
+def test_steps_and_times_of_any_size_are_taken() -> None:
+    job = Job(nodes=("a",))
+    ends = np.array([-(1 << 63), (1 << 63) - 1, 0, -1, (1 << 63) - 1])
+    who = job.ranks[0]
+    odd = Points(who.producer_id, ("loss",), ends, np.sort(ends), np.ones((1, 5)))
+    job.views.take(batch(1, who, points=[odd]), job.now_s)
+    rank = job.views.runs[RUN].ranks[0]
+    assert rank.step == (1 << 63) - 1
+    assert min(rank.intervals) >= 0
+    assert job.found() == []
+
+
 # --- stragglers
 
 
@@ -299,6 +311,14 @@ def test_metrics_that_may_be_infinite_are_left_alone() -> None:
     job.deliver(0, 1, train__loss=math.inf)
     [finding] = job.found()
     assert finding.subject == "train/loss"
+
+
+def test_a_rank_that_ends_with_a_nan_takes_it_along() -> None:
+    job = Job()
+    job.steps(5)
+    job.deliver(3, 6, loss=math.nan)
+    job.views.take(batch(2, job.ranks[3], ends=[end(job.ranks[3], "failed")]), job.now_s)
+    assert job.found("nonfinite") == []
 
 
 # --- spikes

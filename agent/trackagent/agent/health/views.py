@@ -96,6 +96,13 @@ class RunView:
     losses: dict[str, deque[float]] = field(default_factory=dict)
     """The latest values of the lowest rank, of metrics that are looked at for spikes."""
 
+    def forget(self, rank: int) -> None:
+        """The rank has ended: its last values are nobody's any more."""
+        for bad in self.not_finite.values():
+            bad.pop(rank, None)
+        self.not_finite = {key: bad for key, bad in self.not_finite.items() if bad}
+        self.spikes = {name: spike for name, spike in self.spikes.items() if name[1] != rank}
+
 
 class Views:
     """All runs that go on. Not thread-safe."""
@@ -134,6 +141,7 @@ class Views:
             rank = run.ranks.get(info.rank)
             if rank is not None and rank.info.producer_id == end.producer_id:
                 del run.ranks[info.rank]
+                run.forget(info.rank)
             if not run.ranks:
                 del self.runs[info.run_id]
                 ended.append(info.run_id)
@@ -192,9 +200,10 @@ class Views:
                         bad[rank] = NotFinite(step, value, last_ns)
                     else:
                         known.last_ns = max(known.last_ns, last_ns)
-        for key in [key for key in run.not_finite if key in points.keys]:
+        rows = {key: row for row, key in enumerate(points.keys)} if run.not_finite else {}
+        for key in run.not_finite.keys() & rows.keys():
             known = run.not_finite[key].get(rank)
-            good = finite[points.keys.index(key)]
+            good = finite[rows[key]]
             if known is not None and (points.times_ns[good] > known.last_ns).any():
                 del run.not_finite[key][rank]
                 if not run.not_finite[key]:
@@ -232,16 +241,18 @@ def _move(rank: RankView, steps: Ints, times_ns: Ints, now_s: float) -> None:
     if not len(changed):
         return
     changed = changed[-RECENT_STEPS - 1 :]
-    times = times_ns[changed]
-    taken = np.abs(steps[changed] - before[changed])
+    # As floats: differences of any two steps and times have room.
+    times = times_ns[changed].astype(float)
+    taken = np.abs(steps[changed].astype(float) - before[changed].astype(float))
+    taken = np.maximum(taken, 1.0)
     if rank.moved_ns:
-        since = np.diff(np.concatenate(([rank.moved_ns], times))) / 1e9
+        since = np.diff(np.concatenate(([float(rank.moved_ns)], times))) / 1e9
     else:
         since, taken = np.diff(times) / 1e9, taken[1:]
     since = np.maximum(since, 0.0)
     rank.intervals.extend(since.tolist())
     rank.step_seconds.extend((since / taken).tolist())
-    rank.step, rank.moved_ns, rank.moved_s = int(steps[-1]), int(times[-1]), now_s
+    rank.step, rank.moved_ns, rank.moved_s = int(steps[-1]), int(times_ns[changed[-1]]), now_s
 
 
 def _time(rank: RankView, name: str, seconds: Floats) -> None:
