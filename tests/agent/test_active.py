@@ -69,9 +69,18 @@ def test_an_event_is_told_to_every_run_here_once(opened: Spool) -> None:
 
 
 def test_an_event_can_be_for_one_run(opened: Spool) -> None:
-    opened.open_producer(producer(2, run_id=OTHER), {}).result()
-    assert Active(opened).tell(HOT, OTHER) == 1
+    other = producer(2, run_id=OTHER)
+    opened.open_producer(other, {}).result()
+    assert Active(opened).tell(HOT, to=other) == 1
     assert [one.producer_id for one in stored(opened).events] == [producer(2).producer_id]
+
+
+def test_an_event_can_be_for_a_run_that_has_ended(spool: Spool) -> None:
+    gone = producer(0)
+    spool.open_producer(gone, {}).result()
+    spool.end_producer(gone.producer_id).result()
+    assert Active(spool).tell(HOT, to=gone) == 1
+    assert [one.producer_id for one in stored(spool).events] == [gone.producer_id]
 
 
 def test_with_nobody_here_nobody_is_told(spool: Spool) -> None:

@@ -200,6 +200,16 @@ def test_the_sample_names_the_variable_of_every_setting() -> None:
     assert [name for name in FIELDS if variable(name) not in shown] == []
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["hooks.slack.com/x", "http://[::1/x", "http://a:9x/", "https://user:pw@host/", "https:///x"],
+)
+def test_a_webhook_that_is_no_address_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(ConfigError, match="hook_url is no address") as refused:
+        load({}, {"TRACKAGENT_HOOK_URL": url, "HOME": "/home/x"})
+    assert url not in str(refused.value)
+
+
 def test_every_setting_has_a_flag() -> None:
     from trackagent.agent.cli.agent import start_command
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from tests.fakes import DEADLINE_S, AgentProcess, Folders, next_line, start_script, wait_until
+from tests.fakes import (
+    DEADLINE_S,
+    AgentProcess,
+    Folders,
+    next_line,
+    run_script,
+    start_script,
+    wait_until,
+)
 
 # Steps as they are asked for on stdin: the numbers of all of them, then what to log beside them.
 RANK = """
@@ -51,6 +59,23 @@ def events(agent: AgentProcess, run_id: str, rule: str) -> list[dict[str, Any]]:
     if agent.run(run_id) is None:
         return []
     return [event for event in agent.shown(run_id)["events"] if event["data"].get("rule") == rule]
+
+
+def test_a_nan_with_which_a_script_ends_is_told(
+    own_agent: Callable[..., AgentProcess], folders: Folders
+) -> None:
+    agent = own_agent("--health", "all", "--deliver-interval-s", "0.05").start()
+    script = """
+from trackagent import client
+run = client.init(experiment="nan")
+print(run.id)
+client.log({"loss": float("nan")}, step=7)
+raise SystemExit(3)
+"""
+    run_id = run_script(folders, script, expect=3).stdout.strip()
+    wait_until(lambda: events(agent, run_id, "nonfinite"), "the NaN is told")
+    [nan] = events(agent, run_id, "nonfinite")
+    assert (nan["data"]["rank"], nan["data"]["step"]) == (0, 7)
 
 
 def test_a_drill(own_agent: Callable[..., AgentProcess], folders: Folders, tmp_path: Path) -> None:

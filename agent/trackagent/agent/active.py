@@ -69,11 +69,12 @@ class Active:
         here = sorted(self.loggers(), key=lambda info: (info.forked, -info.attempt, info.rank))
         return {info.run_id: info for info in reversed(here)}
 
-    def tell(self, event: Incident, run_id: str | None = None) -> int:
-        """An event into every run that is here, or into this one, where it becomes durable like all that the
-        run logs; how many there are. Returns before that is done; a failure is logged."""
+    def tell(self, event: Incident, *, to: ProducerInfo | None = None) -> int:
+        """An event into every run that is here, or into that of one producer, ended or not; there it becomes
+        durable like all that the run logs. How many there are. Returns before that is done; a failure is
+        logged."""
         encoded = notices.event(event.level, event.message, event.data)
-        told = [info for run, info in self.runs().items() if run_id in (None, run)]
+        told = list(self.runs().values()) if to is None else [to]
         for info in told:
             self._spool.append_own(info.producer_id, encoded).add_done_callback(_warn_of_failure)
         return len(told)

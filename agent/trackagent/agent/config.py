@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from trackagent.agent.collect.table import ALL, NONE, intervals
 from trackagent.agent.errors import ConfigError
@@ -181,7 +182,7 @@ class AgentConfig(Thresholds):
             self.health_rules()
         except ValueError as error:
             raise ConfigError(f"health is {self.health!r:.300}: {error}") from None
-        if self.hook_url and not re.fullmatch(r"https?://[!-~]+", self.hook_url):
+        if self.hook_url and not _is_web_address(self.hook_url):
             # Without its value, which may be a secret.
             raise ConfigError(
                 "hook_url is no address: give one that begins with https:// or http://"
@@ -347,6 +348,15 @@ def _converted(name: str, value: Any, origin: str) -> Any:
         return convert(value)
     except ValueError:
         raise ConfigError(f"{name} is {value!r}: give {what} (from {origin})") from None
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    return whole and "@" not in parts.netloc and bool(re.fullmatch(r"https?://[!-~]+", url))
 
 
 def _path(value: str | Path) -> Path:

@@ -54,10 +54,14 @@ class Job:
             self.step += 1
 
     def found(self, rule: str | None = None) -> list[Finding]:
-        run = self.views.runs.get(RUN)
-        if run is None:
-            return []
-        every = findings(run, self.thresholds, self.now_s)
+        """As of a look by which all that had passed before was told."""
+        self.views.settle()
+        return self.told(rule)
+
+    def told(self, rule: str | None = None) -> list[Finding]:
+        """As of the first look since the last one."""
+        run = self.views.runs.get(RUN) or self.views.ended.get(RUN)
+        every = [] if run is None else findings(run, self.thresholds, self.now_s)
         return [one for one in every if rule in (None, one.rule)]
 
 
@@ -131,11 +135,10 @@ def test_a_job_that_has_not_found_its_rhythm_does_not_hang() -> None:
 def test_ranks_that_have_ended_do_not_hang() -> None:
     job = Job()
     job.steps(10)
-    ended: list[str] = []
     for rank in job.ranks:
-        ended += job.views.take(batch(2, rank, ends=[end(rank)]), job.now_s)
+        job.views.take(batch(2, rank, ends=[end(rank)]), job.now_s)
     job.now_s += 1_000
-    assert (job.found(), ended) == ([], [RUN])
+    assert (job.told(), job.views.settle()) == ([], [RUN])
 
 
 def test_the_next_attempt_begins_anew() -> None:
@@ -295,12 +298,22 @@ def test_what_was_logged_before_a_nan_with_other_keys_does_not_end_it() -> None:
     assert job.views.runs[RUN].ranks[0].step == 3
 
 
-def test_a_nan_within_a_batch_that_ends_well_is_over_before_it_is_told() -> None:
+def test_a_nan_that_has_passed_when_the_rules_look_is_told_once() -> None:
     job = Job(nodes=("a",))
     values = np.array([[1.0, math.nan, 2.0]])
     times = np.arange(3) * 10**9
     both = Points(job.ranks[0].producer_id, ("loss",), np.arange(3), times, values)
     job.views.take(batch(1, job.ranks[0], points=[both]), job.now_s)
+    [finding] = job.told()
+    assert (finding.rule, finding.numbers["step"]) == ("nonfinite", 1)
+    assert job.found() == []
+
+
+def test_a_nan_and_the_end_of_its_run_are_told() -> None:
+    job = Job(nodes=("a",))
+    job.deliver(0, 7, loss=math.nan)
+    job.views.take(batch(2, job.ranks[0], ends=[end(job.ranks[0], "failed")]), job.now_s)
+    assert [finding.rule for finding in job.told()] == ["nonfinite"]
     assert job.found() == []
 
 
@@ -351,6 +364,16 @@ def test_a_spike_is_over_when_the_loss_comes_down() -> None:
     assert job.found("spike")
     job.steps(1, loss=2.5)
     assert job.found("spike") == []
+
+
+def test_a_spike_that_has_passed_when_the_rules_look_is_told_once() -> None:
+    job = Job(nodes=("a",))
+    job.steps(50, loss=2.0)
+    job.steps(5, loss=9.0)
+    job.steps(5, loss=2.0)
+    [finding] = job.told("spike")
+    assert (finding.numbers["value"], finding.numbers["in_a_row"]) == (9.0, 5)
+    assert job.found() == []
 
 
 def test_a_spike_that_stays_is_a_new_level() -> None:
@@ -420,11 +443,11 @@ def test_a_healthy_hour_fires_nothing() -> None:
 
 def test_what_is_kept_of_a_run_is_bounded() -> None:
     job = Job(nodes=("a",))
-    for number in range(400):
+    for number in range(2200):
         job.deliver(0, number, **{f"time/{number}": 1.0, f"loss{number}": math.nan})
     run = job.views.runs[RUN]
     kept = len(run.ranks[0].timers), len(run.not_finite), len(run.spikes)
-    assert max(kept) <= 256
+    assert max(kept) <= 2048
     others: list[ProducerInfo] = [producer(0, run=f"{number:032x}") for number in range(400)]
     for other in others:
         one = Points(other.producer_id, ("loss",), np.array([1]), np.array([1]), np.ones((1, 1)))

@@ -27,15 +27,16 @@ class Telling:
         self._active = active
         self._hooks = hooks
         self._node = node
-        self._passed: deque[tuple[str, int]] = deque(maxlen=REMEMBERED)
+        self._passed: deque[tuple[str, str, int]] = deque(maxlen=REMEMBERED)
 
-    def tell(self, level: str, message: str, data: dict[str, Any], run_id: str) -> None:
-        """What a rule has found, or that it is over. run_id "": it concerns every run of this node."""
-        told = self._active.runs()
-        info = told.get(run_id)
-        self._active.tell(Incident(level, message, data), run_id or None)
-        name = _name(info) if info is not None else run_id[:8]
-        where = f"run {name}" if run_id else f"node {self._node}"
+    def tell(
+        self, level: str, message: str, data: dict[str, Any], info: ProducerInfo | None
+    ) -> None:
+        """What a rule has found, or that it is over, in the run of this rank, which may have ended. None: it
+        concerns every run of this node."""
+        self._active.tell(Incident(level, message, data), to=info)
+        run_id = info.run_id if info is not None else ""
+        where = f"run {_name(info)}" if info is not None else f"node {self._node}"
         logger.log(_LEVELS[level], "%s: %s", where, message)
         if level != "info" or data.get("over"):
             self._put(level, message, data, where, run_id, time.time_ns())
@@ -44,7 +45,8 @@ class Telling:
         """An event that was stored. What the rules found was told when they did."""
         if event.level == "info" or "rule" in event.data:
             return
-        once = (event.message, event.time_ns // 10**9)
+        # An event of the node has one time in all of its runs.
+        once = (event.level, event.message, event.time_ns)
         if once not in self._passed:
             self._passed.append(once)
             data = {"source": info.source, "step": event.step, **event.data}

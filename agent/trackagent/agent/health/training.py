@@ -228,7 +228,7 @@ def spikes(run: RunView, thresholds: Thresholds) -> list[Finding]:
     found = []
     high: dict[str, list[int]] = {}
     for (key, rank), spike in run.spikes.items():
-        if spike.above >= thresholds.spike_patience:
+        if spike.most >= thresholds.spike_patience:
             high.setdefault(key, []).append(rank)
     for key, ranks in sorted(high.items()):
         rank = min(ranks)
@@ -236,7 +236,7 @@ def spikes(run: RunView, thresholds: Thresholds) -> list[Finding]:
         message = (
             f"{key} spikes: {spike.value:.4g} on rank {rank} at step {spike.step}, "
             f"{spike.value / spike.median:.2g} times the median {spike.median:.4g} of the last "
-            f"{len(spike.window)} values, for {spike.above} values in a row"
+            f"{len(spike.window)} values, for {spike.most} values in a row"
         )
         numbers = {
             "key": key,
@@ -246,7 +246,7 @@ def spikes(run: RunView, thresholds: Thresholds) -> list[Finding]:
             "value": spike.value,
             "median": spike.median,
             "limit": thresholds.spike_factor,
-            "in_a_row": spike.above,
+            "in_a_row": spike.most,
         }
         found.append(Finding("spike", key, "warning", message, numbers, run.run_id))
     return found

@@ -20,7 +20,7 @@ RECENT_STEPS = 64
 TIMED = 50  # of each timer: over so many the median is taken
 MAX_RUNS = 256
 MAX_TIMERS = 32
-MAX_METRICS = 256
+MAX_METRICS = 2048
 # Of a delivery that brings more of a series (a backlog), the last so many are looked at for spikes.
 MAX_VALUES = 256
 TIMER = "time/"
@@ -49,20 +49,23 @@ class RankView:
 @dataclass(slots=True)
 class NotFinite:
     """A metric that was NaN or infinite on a rank, and not finite since: from which step on, with which
-    value, and when that was so last, by the rank's clock."""
+    value, and when that was so last, by the rank's clock. over: it is finite again, or the rank has ended,
+    since the rules last looked."""
 
     step: int
     value: float
     last_ns: int
+    over: bool = False
 
 
 @dataclass(slots=True)
 class Spike:
     """A metric of one rank beside its own median. above: how many values in a row are too high, the last of
-    them `value` at `step`; median: that of the window before."""
+    them `value` at `step`; most: the most since a rule last looked; median: that of the window before."""
 
     window: deque[float]
     above: int = 0
+    most: int = 0
     value: float = math.nan
     step: int = -1
     median: float = math.nan
@@ -75,6 +78,7 @@ class Spike:
             self.median = statistics.median(self.window)
             if 0 < factor * self.median < value:
                 self.above += 1
+                self.most = max(self.most, self.above)
                 self.value, self.step = value, step
                 if self.above <= full:
                     return
@@ -85,23 +89,37 @@ class Spike:
 
 @dataclass(slots=True)
 class RunView:
-    """The last attempt of a run, as far as it was seen. ranks: those that have not ended."""
+    """The last attempt of a run, as far as it was seen. first: the rank that was seen first. ranks:
+    those that have not ended."""
 
-    run_id: str
-    name: str
-    attempt: int
+    first: ProducerInfo
     ranks: dict[int, RankView] = field(default_factory=dict)
     not_finite: dict[str, dict[int, NotFinite]] = field(default_factory=dict)
     spikes: dict[tuple[str, int], Spike] = field(default_factory=dict)
     losses: dict[str, deque[float]] = field(default_factory=dict)
     """The latest values of the lowest rank, of metrics that are looked at for spikes."""
 
+    @property
+    def run_id(self) -> str:
+        return self.first.run_id
+
     def forget(self, rank: int) -> None:
-        """The rank has ended: its last values are nobody's any more."""
+        """The rank has ended: its last values are nobody's any more, once the rules have looked."""
         for bad in self.not_finite.values():
-            bad.pop(rank, None)
+            if rank in bad:
+                bad[rank].over = True
+        for (_, other), spike in self.spikes.items():
+            if other == rank:
+                spike.above = 0
+
+    def settle(self) -> None:
+        """The rules have looked."""
+        for bad in self.not_finite.values():
+            for rank in [rank for rank, one in bad.items() if one.over]:
+                del bad[rank]
         self.not_finite = {key: bad for key, bad in self.not_finite.items() if bad}
-        self.spikes = {name: spike for name, spike in self.spikes.items() if name[1] != rank}
+        for spike in self.spikes.values():
+            spike.most = spike.above
 
 
 class Views:
@@ -109,11 +127,13 @@ class Views:
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.runs: dict[str, RunView] = {}
+        # Those that have ended since the rules last looked.
+        self.ended: dict[str, RunView] = {}
         self._thresholds = thresholds
         self._looked_at: dict[tuple[str, ...], list[int]] = {}
 
-    def take(self, batch: Batch, now_s: float) -> list[str]:
-        """Takes what was delivered at `now_s`; the ids of runs that have ended by it."""
+    def take(self, batch: Batch, now_s: float) -> None:
+        """Takes what was delivered at `now_s`."""
         infos = {
             info.producer_id: info
             for info in batch.producers
@@ -129,10 +149,17 @@ class Views:
             run = self._run(info)
             if run is not None:
                 self._take_points(run, info, parts, now_s)
-        return self._take_ends(batch, infos)
+        self._take_ends(batch, infos)
 
-    def _take_ends(self, batch: Batch, infos: dict[bytes, ProducerInfo]) -> list[str]:
-        ended = []
+    def settle(self) -> list[str]:
+        """The rules have looked; the ids of runs that had ended before, which are forgotten now."""
+        for run in self.runs.values():
+            run.settle()
+        ended = list(self.ended)
+        self.ended.clear()
+        return ended
+
+    def _take_ends(self, batch: Batch, infos: dict[bytes, ProducerInfo]) -> None:
         for end in batch.ends:
             info = infos.get(end.producer_id)
             run = self.runs.get(info.run_id) if info else None
@@ -144,8 +171,8 @@ class Views:
                 run.forget(info.rank)
             if not run.ranks:
                 del self.runs[info.run_id]
-                ended.append(info.run_id)
-        return ended
+                if len(self.ended) < MAX_RUNS:
+                    self.ended[info.run_id] = run
 
     def _run(self, info: ProducerInfo) -> RunView | None:
         """The view of the producer's run; None for an earlier attempt's."""
@@ -160,7 +187,7 @@ class Views:
         if run is None:
             if info.run_id not in self.runs and len(self.runs) >= MAX_RUNS:
                 del self.runs[next(iter(self.runs))]
-            run = RunView(info.run_id, info.run_name or info.run_id[:8], info.attempt)
+            run = RunView(info)
             self.runs[info.run_id] = run
         return run
 
@@ -198,16 +225,14 @@ class Views:
                     if known is None:
                         step, value = int(points.steps[first]), float(points.values[row, first])
                         bad[rank] = NotFinite(step, value, last_ns)
-                    else:
-                        known.last_ns = max(known.last_ns, last_ns)
+                    elif last_ns >= known.last_ns:
+                        known.last_ns, known.over = last_ns, False
         rows = {key: row for row, key in enumerate(points.keys)} if run.not_finite else {}
         for key in run.not_finite.keys() & rows.keys():
             known = run.not_finite[key].get(rank)
             good = finite[rows[key]]
             if known is not None and (points.times_ns[good] > known.last_ns).any():
-                del run.not_finite[key][rank]
-                if not run.not_finite[key]:
-                    del run.not_finite[key]
+                known.over = True
 
     def _rows_for_spikes(self, keys: tuple[str, ...]) -> list[int]:
         rows = self._looked_at.get(keys)

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 
-Tell = Callable[[str, str, dict[str, Any], str], None]
-"""Called with level, message, data and run id ("": every run of this node)."""
+Tell = Callable[[str, str, dict[str, Any], "ProducerInfo | None"], None]
+"""Called with level, message, data and a rank of the run (None: it concerns every run of this node)."""
 
 
 class Watch:
@@ -70,15 +70,12 @@ class Watch:
         """What was just delivered. Raises nothing: what the rules cannot take does not concern the store."""
         with self._lock:
             try:
-                ended = self._views.take(batch, self._clock())
+                self._views.take(batch, self._clock())
             except Exception:
                 logger.exception(
                     "health: a batch cannot be judged; what was known of the runs is forgotten"
                 )
                 self._views = Views(self._thresholds)
-                return
-            for run_id in ended:
-                self._alarms.forget(run_id)
         infos = {info.producer_id: info for info in batch.producers}
         for event in batch.events:
             if (info := infos.get(event.producer_id)) is not None:
@@ -103,17 +100,22 @@ class Watch:
         with self._lock:
             now_s = self._clock()
             self._node.take(self._readings(), now_s)
+            # What a run that has ended meanwhile did last is looked at too.
+            runs = [*self._views.runs.values(), *self._views.ended.values()]
             found = [
                 finding
-                for run in self._views.runs.values()
+                for run in runs
                 for finding in run_findings(run, self._thresholds, self._complete_until_s)
             ]
             found += node_findings(self._node, self._thresholds, now_s)
             found = [finding for finding in found if finding.rule in self._rules]
             changes = self._alarms.look(found, now_s)
+            for run_id in self._views.settle():
+                self._alarms.forget(run_id)
+        by_run = {run.run_id: run.first for run in runs}
         for change in changes:
             level, message, data = _told(change)
-            self._tell(level, message, data, change.finding.run_id)
+            self._tell(level, message, data, by_run.get(change.finding.run_id))
 
     def _run(self) -> None:
         while not self._stopping.wait(INTERVAL_S):
