@@ -210,6 +210,11 @@ def test_a_webhook_that_is_no_address_is_refused_without_showing_it(url: str) ->
     assert url not in str(refused.value)
 
 
+def test_messages_of_hooks_have_time_between_them() -> None:
+    with pytest.raises(ConfigError, match=r"hook_interval_s is 0\.0: give 0\.1 to 86400"):
+        load({}, {"TRACKAGENT_HOOK_INTERVAL_S": "0", "HOME": "/home/x"})
+
+
 def test_every_setting_has_a_flag() -> None:
     from trackagent.agent.cli.agent import start_command
 

@@ -136,7 +136,7 @@ class AgentConfig(Thresholds):
             ("gone_after_s", 1, 365 * 86_400),
             ("drain_timeout_s", 0, 86_400),
             ("sample_interval_s", 1, 3_600),
-            ("hook_interval_s", 0, 86_400),
+            ("hook_interval_s", 0.1, 86_400),
             ("hang_s", 1, 365 * 86_400),
             ("hang_steps", 1, 1_000_000),
             ("straggler_ratio", 0, 1),

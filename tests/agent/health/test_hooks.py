@@ -134,7 +134,9 @@ def test_without_anywhere_to_send_to_nothing_is_kept() -> None:
         assert hooks.dropped == 0
 
 
-def test_a_hook_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_hook_that_hangs_holds_nobody_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     held = tmp_path / "held"
     held.touch()
     with started(command=f"while [ -e {held} ]; do sleep 0.02; done") as hooks:
@@ -143,3 +145,5 @@ def test_a_hook_that_hangs_holds_nobody_up(tmp_path: Path) -> None:
         assert hooks.dropped
         hooks.stop(0.0)
         held.unlink()
+    assert "1000 messages wait for hooks: further ones are dropped" in caplog.text
+    assert "a hook is still at work" in caplog.text

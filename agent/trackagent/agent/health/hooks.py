@@ -69,6 +69,11 @@ class Hooks:
         try:
             self._waiting.put_nowait(event)
         except queue.Full:
+            if not self.dropped:
+                logger.warning(
+                    "%d messages wait for hooks: further ones are dropped; they are in the runs all the same",
+                    MAX_WAITING,
+                )
             self.dropped += 1
 
     def stop(self, timeout_s: float) -> None:
@@ -76,6 +81,9 @@ class Hooks:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            waiting = self._waiting.qsize()
+            logger.warning("a hook is still at work: it and %d messages are left behind", waiting)
 
     def _send_all(self) -> None:
         tokens, since = float(BURST), time.monotonic()
