@@ -37,6 +37,7 @@ SECOND_NS = 1_000_000_000
 @dataclass
 class _State:
     applied: set[BatchId] = field(default_factory=set)
+    included: set[BatchId] = field(default_factory=set)
     producers: dict[bytes, ProducerInfo] = field(default_factory=dict)
     ends: dict[bytes, ProducerEnd] = field(default_factory=dict)
     points: list[Points] = field(default_factory=list)
@@ -60,6 +61,15 @@ class MemoryStore:
     def last_written(self, origin: str) -> int:
         return max((id_.last for id_ in self._state.applied if id_.origin == origin), default=0)
 
+    def ranges(self, origin: str) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for id_ in sorted(self._state.applied | self._state.included):
+            if id_.origin == origin and found and id_.first <= found[-1][1] + 1:
+                found[-1] = (found[-1][0], max(found[-1][1], id_.last))
+            elif id_.origin == origin:
+                found.append((id_.first, id_.last))
+        return found
+
     def compact(self, deadline_s: float) -> bool:
         return False
 
@@ -79,6 +89,7 @@ class MemoryStore:
             if end.status not in ("finished", "failed", "killed"):
                 raise Rejected(end.status)
         state.applied.add(batch.id)
+        state.included.update(batch.includes)
         state.producers = producers
         run_of = {id_: info.run_id for id_, info in producers.items()}
         for param in batch.params:

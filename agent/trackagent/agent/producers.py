@@ -11,11 +11,13 @@ from trackagent.agent.errors import AgentError
 from trackagent.agent.store.contract import ProducerInfo
 from trackagent.client.errors import ValueRefused
 from trackagent.client.values import check_key
+from trackagent.protos.v1 import agent_pb2
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _NODE = re.compile(r"[!-~]{1,253}")
 MAX_RANKS = 1 << 24
 ID_BYTES = 16
+MAX_GROUPS = 8
 
 
 class BadIdentity(AgentError):
@@ -28,13 +30,14 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
     """
     try:
         # What wrote it may be older than these fields.
-        known = {"job_time_ns": 0, "sampled": "", **fields}
+        known = {"job_time_ns": 0, "sampled": "", "reduced": "", "hub": "", **fields}
+        known["groups"] = _groups(known.get("groups") or {})
         info = ProducerInfo(**{name: known[name] for name in ProducerInfo.__slots__})
     except KeyError as error:
         raise BadIdentity(f"the producer has no {error.args[0]}") from None
     for field in dataclasses.fields(ProducerInfo):
         value = getattr(info, field.name)
-        if type(value).__name__ != field.type:
+        if field.name != "groups" and type(value).__name__ != field.type:
             raise BadIdentity(f"{field.name} is {value!r:.80}: expected {field.type}")
     integers = {
         "attempt": (1, 1 << 31),
@@ -63,16 +66,49 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
             check_key(info.run_name, "run_name")
         if info.sampled:
             check_key(info.sampled, "sampled")
+        if info.reduced:
+            check_key(info.reduced, "reduced")
+        for name, value in info.groups:
+            check_key(f"{name}={value}", "a group")
     except ValueRefused as error:
         raise BadIdentity(str(error)) from None
     return info
 
 
+def _groups(groups: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(groups, Mapping):
+        raise BadIdentity(f"groups is {groups!r:.80}: expected a table")
+    if len(groups) > MAX_GROUPS:
+        raise BadIdentity(f"the rank is in {len(groups)} groups: expected at most {MAX_GROUPS}")
+    for name, value in groups.items():
+        if not (isinstance(name, str) and isinstance(value, str) and name and "=" not in name):
+            raise BadIdentity(
+                f"group {name!r:.80} is {value!r:.80}: expected text, no = in its name"
+            )
+    return tuple(sorted(groups.items()))
+
+
 def to_fields(info: ProducerInfo) -> dict[str, Any]:
     """As JSON can hold it."""
-    return {**dataclasses.asdict(info), "producer_id": info.producer_id.hex()}
+    fields = {**dataclasses.asdict(info), "producer_id": info.producer_id.hex()}
+    return {**fields, "groups": dict(info.groups)}
+
+
+def to_message(info: ProducerInfo) -> agent_pb2.Producer:
+    """As agents and hubs are told it: without which way its records go."""
+    fields = {name: getattr(info, name) for name in ProducerInfo.__slots__ if name != "hub"}
+    return agent_pb2.Producer(**{**fields, "groups": dict(info.groups)})
+
+
+def from_message(message: agent_pb2.Producer) -> ProducerInfo:
+    """BadIdentity where it is none."""
+    fields = {name: getattr(message, name) for name in ProducerInfo.__slots__ if name != "hub"}
+    return checked({**fields, "groups": dict(message.groups)})
 
 
 def from_fields(fields: Mapping[str, Any]) -> ProducerInfo:
     """What `to_fields` was given. KeyError, TypeError or ValueError for anything else."""
-    return ProducerInfo(**{**fields, "producer_id": bytes.fromhex(fields["producer_id"])})
+    groups = tuple(sorted(fields.get("groups", {}).items()))
+    return ProducerInfo(
+        **{**fields, "producer_id": bytes.fromhex(fields["producer_id"]), "groups": groups}
+    )

@@ -177,10 +177,12 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 f"{request.protocol_version}: install the same trackagent on both sides",
             )
         try:
-            info = _producer_info(request.producer)
+            info = producers.from_message(request.producer)
             held = _offsets(request.held)
-            if info.sampled:
-                raise producers.BadIdentity("sampled is set: only an agent samples")
+            if info.sampled or info.reduced:
+                raise producers.BadIdentity(
+                    "sampled or reduced is set: only an agent samples and reduces"
+                )
         except producers.BadIdentity as error:
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if self._access is not None:
@@ -328,9 +330,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         for producer in ranks[:1000]:
             info: ProducerInfo = producer["info"]
             response.producers.add(
-                producer=agent_pb2.Producer(
-                    **{name: getattr(info, name) for name in ProducerInfo.__slots__}
-                ),
+                producer=producers.to_message(info),
                 committed_bytes=producer["committed_bytes"],
                 state="connected" if self.is_connected(info.producer_id) else "disconnected",
             )
@@ -413,10 +413,6 @@ async def _refusal(question: Awaitable[None]) -> _Refused | None:
 async def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:
     await context.abort(code, message)
     raise AssertionError("abort returned")
-
-
-def _producer_info(message: agent_pb2.Producer) -> ProducerInfo:
-    return producers.checked({name: getattr(message, name) for name in ProducerInfo.__slots__})
 
 
 def _offsets(offsets: object) -> dict[int, int]:

@@ -56,7 +56,12 @@ class ProducerInfo:
     sampled: "" for a process that logs. Else this is an agent that samples, and this the source of what it
     samples: `rank 3`, of a process of the run; or `node a` and `gpu a:0`, in the run `node_run_id("a")`,
     which is no run of anybody's: each run sees of it what was sampled on its nodes while it was there. The
-    steps of samples are whole seconds since 1970-01-01 UTC, and they do not count as records of the run."""
+    steps of samples are whole seconds since 1970-01-01 UTC, and they do not count as records of the run.
+
+    groups: (name, value) of the named groups that the rank is in, by name. reduced: "" for a process that
+    logs. Else an agent reduces what ranks log, and this is over which of them: "all", "node a", "tp=0"; its
+    keys are reduce.py's, and they count nowhere in the run. hub: the pin of the hub that rank 0 named, ""
+    for none; it says which way the records go, and stores ignore it."""
 
     producer_id: bytes
     run_id: str
@@ -72,12 +77,17 @@ class ProducerInfo:
     forked: bool
     job_time_ns: int = 0
     sampled: str = ""
+    groups: tuple[tuple[str, str], ...] = ()
+    reduced: str = ""
+    hub: str = ""
 
     @property
     def source(self) -> str:
         """The source of this producer's series: `rank 3`, or `rank 3 pid 4711` for what a rank forked."""
         if self.sampled:
             return self.sampled
+        if self.reduced:
+            return "all ranks" if self.reduced == "all" else f"ranks of {self.reduced}"
         return f"rank {self.rank} pid {self.pid}" if self.forked else f"rank {self.rank}"
 
 
@@ -91,7 +101,8 @@ class Points:
     """Values that one producer logged together: keys sharing steps and times, in order of arrival.
 
     steps: (n,), times_ns: (n,) nanoseconds since 1970-01-01 UTC, values: (len(keys), n) float64, bit-exact
-    (NaN payloads and -0.0 included).
+    (NaN payloads and -0.0 included). reduced: these values stand in reductions too, which are points of a
+    producer that reduces; who reduces what is stored leaves them out.
     """
 
     producer_id: bytes
@@ -99,6 +110,7 @@ class Points:
     steps: Ints
     times_ns: Ints
     values: Floats
+    reduced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +184,8 @@ class Gap:
 class Batch:
     """What one range of the spool says, in order of arrival within each kind. Every producer_id occurs in
     `producers` of this batch or of one written before. metric_records: for each producer the number of metric
-    records (log calls) whose values stand in `points`."""
+    records (log calls) whose values stand in `points`. includes: the ranges of other agents' spools of which
+    it was made; `Reader.ranges` knows them once the batch is written."""
 
     id: BatchId
     producers: Sequence[ProducerInfo] = ()
@@ -184,6 +197,7 @@ class Batch:
     losses: Sequence[Loss] = ()
     gaps: Sequence[Gap] = ()
     metric_records: dict[bytes, int] = field(default_factory=dict)
+    includes: Sequence[BatchId] = ()
 
 
 # --- what is read ----------------------------------------------------------------------------------
@@ -378,6 +392,11 @@ class Reader(Protocol):
     def damage(self, run_id: str) -> list[str]:
         """What of a run can no longer be read, and `series`, `buckets` and `export` therefore leave out:
         each a line with points, keys, source and reason. Reads every point of the run, in bounded memory."""
+        ...
+
+    def ranges(self, origin: str) -> list[tuple[int, int]]:
+        """Which ranges (first, last) of `origin` were written, as batches or included in some, ascending;
+        neighbouring ones are one."""
         ...
 
     def close(self) -> None: ...

@@ -224,6 +224,19 @@ class SqliteReader:
             for text in _described(stream, chunk, damaged)
         ]
 
+    def ranges(self, origin: str) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        with self._connected("look up batches") as connection:
+            rows = connection.execute(
+                "SELECT first, last FROM applied WHERE origin = ? ORDER BY first", (origin,)
+            ).fetchall()
+        for first, last in rows:
+            if found and found[-1][1] >= first - 1:
+                found[-1] = (found[-1][0], max(last, found[-1][1]))
+            else:
+                found.append((first, last))
+        return found
+
     def close(self) -> None:
         with self._lock:
             self._closed = True

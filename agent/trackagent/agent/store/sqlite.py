@@ -260,6 +260,8 @@ class SqliteWriter:
         )
         for run in changed:
             runs.settle(connection, run)
+        for included in batch.includes:
+            runs.note_included(connection, included)
 
     def _has(self, connection: sqlite3.Connection, batch: Batch) -> bool:
         """Whether something of the batch is stored, and so, since batches are written whole, all that could

@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
@@ -6,7 +7,14 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Producer(_message.Message):
-    __slots__ = ("producer_id", "run_id", "attempt", "rank", "local_rank", "world_size", "node", "pid", "start_time_ns", "experiment", "run_name", "forked", "job_time_ns", "sampled")
+    __slots__ = ("producer_id", "run_id", "attempt", "rank", "local_rank", "world_size", "node", "pid", "start_time_ns", "experiment", "run_name", "forked", "job_time_ns", "sampled", "groups", "reduced")
+    class GroupsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +29,8 @@ class Producer(_message.Message):
     FORKED_FIELD_NUMBER: _ClassVar[int]
     JOB_TIME_NS_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    REDUCED_FIELD_NUMBER: _ClassVar[int]
     producer_id: bytes
     run_id: str
     attempt: int
@@ -35,19 +45,33 @@ class Producer(_message.Message):
     forked: bool
     job_time_ns: int
     sampled: str
-    def __init__(self, producer_id: _Optional[bytes] = ..., run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., local_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., experiment: _Optional[str] = ..., run_name: _Optional[str] = ..., forked: bool = ..., job_time_ns: _Optional[int] = ..., sampled: _Optional[str] = ...) -> None: ...
+    groups: _containers.ScalarMap[str, str]
+    reduced: str
+    def __init__(self, producer_id: _Optional[bytes] = ..., run_id: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., local_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., experiment: _Optional[str] = ..., run_name: _Optional[str] = ..., forked: bool = ..., job_time_ns: _Optional[int] = ..., sampled: _Optional[str] = ..., groups: _Optional[_Mapping[str, str]] = ..., reduced: _Optional[str] = ...) -> None: ...
+
+class HubAddress(_message.Message):
+    __slots__ = ("address", "pin", "token")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    pin: str
+    token: str
+    def __init__(self, address: _Optional[str] = ..., pin: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
 
 class OpenRunRequest(_message.Message):
-    __slots__ = ("protocol_version", "producer", "held", "schemas")
+    __slots__ = ("protocol_version", "producer", "held", "schemas", "hub")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     PRODUCER_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     SCHEMAS_FIELD_NUMBER: _ClassVar[int]
+    HUB_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     producer: Producer
     held: _containers.RepeatedCompositeFieldContainer[LaneOffset]
     schemas: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, protocol_version: _Optional[int] = ..., producer: _Optional[_Union[Producer, _Mapping]] = ..., held: _Optional[_Iterable[_Union[LaneOffset, _Mapping]]] = ..., schemas: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    hub: HubAddress
+    def __init__(self, protocol_version: _Optional[int] = ..., producer: _Optional[_Union[Producer, _Mapping]] = ..., held: _Optional[_Iterable[_Union[LaneOffset, _Mapping]]] = ..., schemas: _Optional[_Iterable[bytes]] = ..., hub: _Optional[_Union[HubAddress, _Mapping]] = ...) -> None: ...
 
 class OpenRunResponse(_message.Message):
     __slots__ = ("agent_version", "max_batch_bytes", "committed")
@@ -343,3 +367,37 @@ class RunEvent(_message.Message):
     step: int
     message: str
     def __init__(self, run_id: _Optional[str] = ..., time_ns: _Optional[int] = ..., level: _Optional[str] = ..., source: _Optional[str] = ..., step: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
+class MeetRequest(_message.Message):
+    __slots__ = ("job", "operation", "key", "value", "expected", "amount")
+    class Operation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        GET: _ClassVar[MeetRequest.Operation]
+        SET: _ClassVar[MeetRequest.Operation]
+        ADD: _ClassVar[MeetRequest.Operation]
+        COMPARE_SET: _ClassVar[MeetRequest.Operation]
+    GET: MeetRequest.Operation
+    SET: MeetRequest.Operation
+    ADD: MeetRequest.Operation
+    COMPARE_SET: MeetRequest.Operation
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    AMOUNT_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    operation: MeetRequest.Operation
+    key: str
+    value: bytes
+    expected: bytes
+    amount: int
+    def __init__(self, job: _Optional[str] = ..., operation: _Optional[_Union[MeetRequest.Operation, str]] = ..., key: _Optional[str] = ..., value: _Optional[bytes] = ..., expected: _Optional[bytes] = ..., amount: _Optional[int] = ...) -> None: ...
+
+class MeetResponse(_message.Message):
+    __slots__ = ("found", "value")
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    value: bytes
+    def __init__(self, found: bool = ..., value: _Optional[bytes] = ...) -> None: ...

@@ -60,6 +60,11 @@ class AgentStub(object):
                 request_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeRequest.SerializeToString,
                 response_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeResponse.FromString,
                 _registered_method=True)
+        self.Meet = channel.unary_unary(
+                '/trackagent.v1.Agent/Meet',
+                request_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.MeetRequest.SerializeToString,
+                response_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.MeetResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServicer(object):
@@ -108,6 +113,16 @@ class AgentServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Meet(self, request, context):
+        """One step in a small table that the ranks of a job share, where nothing else lets them agree on a run: the
+        agent's own, or that of the hub that it delivers everything to. Forgotten a day after its last use.
+        INVALID_ARGUMENT: a name, key or value breaks a limit. RESOURCE_EXHAUSTED: the tables are full.
+        UNAVAILABLE: the hub does not answer; ask again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -135,6 +150,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Node,
                     request_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeRequest.FromString,
                     response_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeResponse.SerializeToString,
+            ),
+            'Meet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.MeetRequest.FromString,
+                    response_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.MeetResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -273,6 +293,33 @@ class Agent(object):
             '/trackagent.v1.Agent/Node',
             trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeRequest.SerializeToString,
             trackagent_dot_protos_dot_v1_dot_agent__pb2.NodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Meet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trackagent.v1.Agent/Meet',
+            trackagent_dot_protos_dot_v1_dot_agent__pb2.MeetRequest.SerializeToString,
+            trackagent_dot_protos_dot_v1_dot_agent__pb2.MeetResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,7 @@ from tests.agent.store.contract.stores import (
     summary,
 )
 from trackagent.agent.store.contract import (
+    BatchId,
     NotFound,
     Points,
     Reader,
@@ -47,6 +48,16 @@ def test_batches_in_any_order_give_the_same_answers(open_store: OpenStore, seed:
     for at in np.random.default_rng(seed).permutation(len(STORY)):
         shuffled[0].write(STORY[at])
     assert everything(shuffled[1]) == everything(in_order[1])
+
+
+def test_what_batches_were_made_of_is_known(writer: Writer, reader: Reader) -> None:
+    parts = [BatchId("node b", *ends) for ends in ((1, 4), (9, 9), (5, 7), (9, 9))]
+    for number, part in enumerate(parts, start=1):
+        writer.write(batch(number, includes=[part, BatchId("node c", number, number)]))
+    assert reader.ranges("node b") == [(1, 7), (9, 9)]
+    assert reader.ranges("node c") == [(1, 4)]
+    assert reader.ranges("spool") == [(1, 4)]
+    assert reader.ranges("node d") == []
 
 
 def test_batches_written_again_change_nothing(writer: Writer, reader: Reader) -> None:
