@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,6 +44,62 @@ class Receiver:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/services/SECRET"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+class Running:
+    """A command that hangs, and holds a pipe open for as long as it or anything of it is there."""
+
+    def __init__(self, folder: Path) -> None:
+        pipe = folder / "pipe"
+        os.mkfifo(pipe)
+        self._end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self.command = f"exec 3>{pipe}; echo >&3; sleep 1000 & wait"
+
+    def began(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._end, 1) == b"\n"
+        return False
+
+    def is_over(self) -> bool:
+        """Once it began."""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._end, 1) == b""
+        return False
+
+    def close(self) -> None:
+        os.close(self._end)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    with contextlib.closing(Running(tmp_path)) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def hanging(drop: bytes = b"") -> Iterator[str]:
+    """The address of a webhook that takes connections and never comes to an end, or even to a word: of `drop`
+    it says one after the other."""
+    over = threading.Event()
+
+    def serve() -> None:
+        with contextlib.ExitStack() as held:
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    connection = held.enter_context(server.accept()[0])
+                    with contextlib.suppress(OSError):
+                        while drop and not over.wait(0.02):
+                            connection.sendall(drop)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.02)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+        finally:
+            over.set()
+            thread.join(DEADLINE_S)
 
 
 @pytest.fixture
@@ -144,6 +202,59 @@ def test_a_hook_that_hangs_holds_nobody_up(
             hooks.put(event(number))
         assert hooks.dropped
         hooks.stop(0.0)
-        held.unlink()
-    assert "1000 messages wait for hooks: further ones are dropped" in caplog.text
-    assert "a hook is still at work" in caplog.text
+    assert "1000 messages wait for the hook command: further ones are dropped" in caplog.text
+    assert "the hook command is still at work: it and " in caplog.text
+
+
+def test_a_webhook_that_hangs_does_not_hold_the_command_up(tmp_path: Path) -> None:
+    out = tmp_path / "got"
+    with hanging() as url, started(command=f"echo >> {out}", url=url) as hooks:
+        for number in range(BURST):
+            hooks.put(event(number))
+        wait_until(lambda: out.exists() and out.read_text() == "\n" * BURST)
+        assert hooks.failed == 0  # the webhook still hangs
+        hooks.stop(0.0)
+
+
+def test_a_command_that_hangs_does_not_hold_the_webhook_up(
+    receiver: Receiver, running: Running
+) -> None:
+    with started(command=running.command, url=receiver.url) as hooks:
+        for number in range(BURST):
+            hooks.put(event(number))
+        wait_until(lambda: len(receiver.got) == BURST)
+        wait_until(running.began)
+        assert hooks.failed == 0
+        hooks.stop(0.0)
+
+
+def test_a_webhook_has_one_time_for_all_that_it_answers(caplog: pytest.LogCaptureFixture) -> None:
+    # Each byte comes well within the time: only all of them together do not.
+    with hanging(b"x") as url, started(url=url, request_timeout_s=0.4) as hooks:
+        hooks.put(event())
+        hooks.stop(DEADLINE_S)
+        assert hooks.failed == 1
+    assert "the webhook at http://127.0.0.1 failed: it took longer than 0.4 s" in caplog.text
+
+
+def test_a_command_that_takes_too_long_ends_with_all_that_it_started(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with started(command=running.command, command_timeout_s=1.0) as hooks:
+        hooks.put(event())
+        wait_until(running.began)
+        hooks.stop(DEADLINE_S)
+        assert hooks.failed == 1
+    wait_until(running.is_over)
+    assert "the hook command failed: it took longer than 1 s" in caplog.text
+
+
+def test_a_command_that_is_running_at_the_end_ends_with_all_that_it_started(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with started(command=running.command) as hooks:
+        hooks.put(event())
+        wait_until(running.began)
+        hooks.stop(0.0)
+    wait_until(running.is_over)
+    assert "the hook command is still at work: it and 0 messages are left behind" in caplog.text

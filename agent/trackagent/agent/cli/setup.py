@@ -84,7 +84,7 @@ def config_command(where: dict[str, Any], config: AgentConfig, as_json: bool) ->
         for name, value in dataclasses.asdict(config).items()
     }
     if config.hook_url:
-        from trackagent.agent.health.hooks import shown_url
+        from trackagent.agent.health.webhook import shown_url
 
         values["hook_url"] = f"{shown_url(config.hook_url)}/…"
     if as_json:
