@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -15,6 +14,7 @@ from tests.agent.samples import losses, producer
 from tests.fakes import DEADLINE_S
 from trackagent.agent import server
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.producers import to_message
 from trackagent.agent.spool import Spool
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
@@ -43,11 +43,13 @@ class Served:
         self, rank: int = 0, *, held: dict[int, int] | None = None, **changes: Any
     ) -> agent_pb2.OpenRunResponse:
         """OpenRun for this rank; `changes` to its identity."""
-        fields = dataclasses.asdict(producer(rank)) | changes
+        message = to_message(producer(rank))
+        for name, value in changes.items():
+            setattr(message, name, value)
         return self.stub.OpenRun(
             agent_pb2.OpenRunRequest(
                 protocol_version=server.PROTOCOL_VERSION,
-                producer=agent_pb2.Producer(**fields),
+                producer=message,
                 held=offsets(held or {}),
             ),
             timeout=DEADLINE_S,

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from tests.agent.samples import producer
-from trackagent.agent.producers import MAX_RANKS, BadIdentity, checked
+from trackagent.agent.producers import (
+    MAX_RANKS,
+    BadIdentity,
+    checked,
+    from_fields,
+    from_message,
+    to_fields,
+    to_message,
+)
 from trackagent.agent.store.contract import ProducerInfo
 
 FIELDS = [field.name for field in dataclasses.fields(ProducerInfo)]
@@ -63,6 +71,15 @@ BAD: list[tuple[str, Any, str]] = [
     ("forked", None, "forked is None: expected bool"),
     ("job_time_ns", -1, "job_time_ns is -1: expected 0 to"),
     ("sampled", "gpu\n0", "the sampled"),
+    ("groups", {"tp": 0}, "group 'tp' is 0: expected text"),
+    ("groups", {"": "0"}, "group '' is '0': expected text"),
+    ("groups", {"a=b": "0"}, "group 'a=b' is"),
+    ("groups", {"tp": "0\n"}, "a group .* control characters"),
+    ("groups", {f"group {n}": "0" for n in range(9)}, "in 9 groups: expected at most 8"),
+    ("groups", "tp", "groups is 'tp': expected a table"),
+    ("reduced", "tp=\n", "the reduced"),
+    ("hub", 7, "hub is 7: expected str"),
+    ("hub", "AB" * 32, "hub is not 64 lower-case"),
     ("job_time_ns", 1 << 63, "job_time_ns is 9223372036854775808: expected"),
 ]
 
@@ -80,6 +97,8 @@ GOOD: list[tuple[str, Any]] = [
     ("run_name", ""),
     ("run_name", "x" * 250),
     ("forked", True),
+    ("hub", "ab" * 32),
+    ("reduced", "node a"),
     ("job_time_ns", (1 << 63) - 1),
 ]
 
@@ -103,9 +122,11 @@ def test_a_bad_field_is_refused_by_name(name: str, value: Any, message: str) -> 
         checked(fields(**{name: value}))
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FIELDS if name not in ("job_time_ns", "sampled")]
-)
+# What wrote a journal or a spool may be older than these.
+LATER = ("job_time_ns", "sampled", "groups", "reduced", "hub")
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in LATER])
 def test_a_missing_field_is_refused_by_name(name: str) -> None:
     incomplete = fields()
     del incomplete[name]
@@ -127,6 +148,19 @@ def test_a_producer_that_says_nothing_of_samples_logs() -> None:
 
 def test_the_source_of_what_is_sampled_is_what_it_says() -> None:
     assert checked(fields(sampled="gpu a:0")).source == "gpu a:0"
+
+
+def test_groups_are_in_the_order_of_their_names() -> None:
+    info = checked(fields(groups={"tp": "0", "dp": "3"}))
+    assert info.groups == (("dp", "3"), ("tp", "0"))
+    assert from_fields(to_fields(info)) == info
+    assert from_message(to_message(info)) == info
+
+
+def test_which_way_records_go_is_kept_and_not_told() -> None:
+    info = producer(hub="ab" * 32)
+    assert from_fields(to_fields(info)) == info
+    assert from_message(to_message(info)).hub == ""
 
 
 def test_every_field_has_a_bad_example() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import grp
 import os
 import shutil
@@ -26,6 +25,7 @@ from tests.fakes import (
     wait_until,
 )
 from tests.strangers import ALICE, BOB, being, command_as, give
+from trackagent.agent.producers import to_message
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
 CAROL = 60_003
@@ -94,8 +94,8 @@ def call(
 
 
 def opening(run_id: str, producer_id: bytes) -> Callable[[Stub], object]:
-    fields = dataclasses.asdict(producer(run_id=run_id, producer_id=producer_id))
-    request = agent_pb2.OpenRunRequest(protocol_version=1, producer=agent_pb2.Producer(**fields))
+    message = to_message(producer(run_id=run_id, producer_id=producer_id))
+    request = agent_pb2.OpenRunRequest(protocol_version=1, producer=message)
     return lambda stub: bool(stub.OpenRun(request, timeout=DEADLINE_S).agent_version)
 
 

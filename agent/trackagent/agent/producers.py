@@ -14,6 +14,7 @@ from trackagent.client.values import check_key
 from trackagent.protos.v1 import agent_pb2
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_PIN = re.compile(r"[0-9a-f]{64}")
 _NODE = re.compile(r"[!-~]{1,253}")
 MAX_RANKS = 1 << 24
 ID_BYTES = 16
@@ -66,6 +67,8 @@ def checked(fields: Mapping[str, Any]) -> ProducerInfo:
             check_key(info.run_name, "run_name")
         if info.sampled:
             check_key(info.sampled, "sampled")
+        if info.hub and not _PIN.fullmatch(info.hub):
+            raise BadIdentity("hub is not 64 lower-case hexadecimal digits")
         if info.reduced:
             check_key(info.reduced, "reduced")
         for name, value in info.groups:
