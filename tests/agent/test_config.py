@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from trackagent.agent.addresses import hub_address
 from trackagent.agent.config import AgentConfig, flag, load, loopback_address, variable
 from trackagent.agent.errors import ConfigError
 from trackagent.client.config import ClientConfig
@@ -178,8 +179,9 @@ def test_the_sample_shows_the_defaults(tmp_path: Path, environ: dict[str, str]) 
     path = written(tmp_path, uncommented(SAMPLE.read_text()))
     shown, _ = load({}, environ, path)
     defaults, _ = load({}, environ)
-    # Paths differ from user to user, names from host to host, and the default of group is none.
+    # Paths differ from user to user, names from host to host, and there is no default group or file.
     mine = {"directory", "state_directory", "node", "group"}
+    mine |= {"token_file", "tls_cert", "tls_key", "tls_ca"}
     assert {n: getattr(shown, n) for n in FIELDS if n not in mine} == {
         n: getattr(defaults, n) for n in FIELDS if n not in mine
     }
@@ -291,3 +293,67 @@ def test_an_empty_address_is_none(tmp_path: Path, environ: dict[str, str]) -> No
     path = written(tmp_path, "prometheus = '127.0.0.1:9464'")
     config, _ = load({"prometheus": ""}, environ, path)
     assert config.prometheus == ""
+
+
+# --- other nodes
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("10.0.0.1", ("10.0.0.1", 7717)),
+        ("hub.example.org:80", ("hub.example.org", 80)),
+        ("[fd00::1]", ("fd00::1", 7717)),
+        ("[fd00::1]:0", ("fd00::1", 0)),
+    ],
+)
+def test_a_hubs_address_has_a_port_of_its_own(text: str, meant: tuple[str, int]) -> None:
+    assert hub_address(text) == meant
+
+
+@pytest.mark.parametrize("text", [":7717", ":"])
+def test_who_listens_may_leave_the_host_out(text: str) -> None:
+    if text == ":7717":
+        assert hub_address(text, anywhere=True) == ("", 7717)
+    with pytest.raises(ValueError, match="give"):
+        hub_address(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["7717", "a:b", "a:65536", "fd00::1", "[a]:1", "a b:1", "https://a:1", "-a:1", "[::1"]
+)
+@pytest.mark.parametrize("name", ["listen", "store"])
+def test_what_is_no_address_of_a_hub_is_refused(
+    environ: dict[str, str], name: str, text: str
+) -> None:
+    environ[variable(name)] = text
+    with pytest.raises(ConfigError, match=rf"^{name} is .*\(from environment {variable(name)}\)"):
+        load({}, environ)
+
+
+def test_an_agent_that_delivers_elsewhere_must_know_to_whom(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"^store is set without .*give token_file, or tls_ca"):
+        load({"store": "hub:7717"}, environ)
+    assert load({"store": "hub:7717", "token_file": "/t"}, environ)[0].token_file == Path("/t")
+
+
+def test_a_key_without_its_certificate_is_refused(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"^tls_key is set without tls_cert: give both"):
+        load({"tls_key": "/k"}, environ)
+
+
+def test_an_address_for_others_where_nothing_listens_is_refused(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"^advertise is set, but nothing listens"):
+        load({"advertise": "a"}, environ)
+
+
+def test_an_empty_name_of_a_token_file_is_not_none(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"^token_file is '': give a path"):
+        load({"token_file": ""}, environ)
+
+
+def test_a_token_file_in_a_file_is_relative_to_the_file(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
+    config, _ = load({}, environ, written(tmp_path, "token_file = 'token'"))
+    assert config.token_file == tmp_path / "token"

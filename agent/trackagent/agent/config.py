@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from trackagent.agent.addresses import hub_address
 from trackagent.agent.collect.table import ALL, NONE, intervals
 from trackagent.agent.errors import ConfigError
 from trackagent.agent.health.settings import RULES, Thresholds
@@ -35,7 +36,11 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 SPOOL_NAME = "spool.db"
 STORE_NAME = "store.db"
 OWNERS_NAME = "owners.db"
-DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME)
+TOKENS_NAME = "tokens.db"
+DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME, TOKENS_NAME)
+HUB_NAME = "hub"
+# In `directory`: where ranks learn that this agent takes what other nodes forward.
+HUB_FILE_NAME = "hub.json"
 LOCK_NAME = "agent.lock"
 _LOCALHOST = "127.0.0.1"
 DEAD_LETTERS_NAME = "dead-letters"
@@ -84,6 +89,34 @@ class AgentConfig(Thresholds):
 
     gone_after_s: float = 3600.0
     """How long a rank that has not ended may have neither connection nor journal; then it is killed."""
+
+    listen: str = ""
+    """HOST:PORT where other nodes may deliver, over TLS: 0.0.0.0:7717, or :7717 for all addresses. Empty:
+    nothing listens beyond this node."""
+
+    advertise: str = ""
+    """HOST[:PORT] under which other nodes reach `listen`; empty: ranks find out."""
+
+    store: str = ""
+    """HOST:PORT of the hub that everything is delivered to; empty: this node's store, or the run's hub."""
+
+    token_file: Path | None = None
+    """The cluster's token, for its user alone: who knows it may deliver any run, and is the hub."""
+
+    tls_cert: Path | None = None
+    """This agent's certificate by the cluster's CA, PEM, with what leads to the CA behind it."""
+
+    tls_key: Path | None = None
+    """Its key, PEM without a password, for its user alone."""
+
+    tls_ca: Path | None = None
+    """Certificates of the cluster's CA, PEM: who has one by it is the hub, and may deliver any run."""
+
+    forward_interval_s: float = 1.0
+    """How long a record may wait before it is forwarded to another node."""
+
+    linger_s: float = 30.0
+    """How long a hub that is told to stop waits for the ranks of other nodes."""
 
     node: str = ""
     """The name of this node, the one that its ranks log under: the host's."""
@@ -135,6 +168,8 @@ class AgentConfig(Thresholds):
             ("deliver_interval_s", 0.001, 3_600),
             ("gone_after_s", 1, 365 * 86_400),
             ("drain_timeout_s", 0, 86_400),
+            ("forward_interval_s", 0.01, 3_600),
+            ("linger_s", 0, 86_400),
             ("sample_interval_s", 1, 3_600),
             ("hook_interval_s", 0.1, 86_400),
             ("hang_s", 1, 365 * 86_400),
@@ -169,6 +204,7 @@ class AgentConfig(Thresholds):
             raise ConfigError(
                 f"node is {self.node!r:.300}: give 1 to 253 visible ASCII characters without blanks"
             )
+        self._check_hub()
         try:
             intervals(self.collect, self.sample_interval_s)
         except ValueError as error:
@@ -189,6 +225,25 @@ class AgentConfig(Thresholds):
             )
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}: give {', '.join(LOG_LEVELS)}")
+
+    def _check_hub(self) -> None:
+        for name in ("listen", "advertise", "store"):
+            text = getattr(self, name)
+            try:
+                if text:
+                    hub_address(text, anywhere=name == "listen")
+            except ValueError as error:
+                raise ConfigError(f"{name} is {text!r:.300}: {error}") from None
+        if self.advertise and not self.listen:
+            raise ConfigError("advertise is set, but nothing listens: give listen too")
+        for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+            if getattr(self, one) and not getattr(self, other):
+                raise ConfigError(f"{one} is set without {other}: give both")
+        if self.store and not self.token_file and not (self.tls_ca and self.tls_cert):
+            raise ConfigError(
+                "store is set without what tells its hub from another, and this agent from a stranger: give "
+                "token_file, or tls_ca, tls_cert and tls_key"
+            )
 
     def health_rules(self) -> frozenset[str]:
         """The rules that `health` asks for. ValueError says what is wrong."""
@@ -216,6 +271,21 @@ class AgentConfig(Thresholds):
     def owners_path(self) -> Path:
         """Whose each run is, where a group is served."""
         return self.state_directory / OWNERS_NAME
+
+    @property
+    def tokens_path(self) -> Path:
+        """Which run tokens this agent takes, where others deliver to it."""
+        return self.state_directory / TOKENS_NAME
+
+    @property
+    def hub_path(self) -> Path:
+        """The folder of the key and the certificate that this agent has made for itself."""
+        return self.state_directory / HUB_NAME
+
+    @property
+    def hub_file_path(self) -> Path:
+        """Where ranks learn how other nodes reach this agent."""
+        return self.directory / HUB_FILE_NAME
 
     @property
     def store_path(self) -> Path:
@@ -333,6 +403,8 @@ def _from_file(path: Path) -> dict[str, Any]:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)
             raise ConfigError(f"unknown key {key!r} in {path}: did you mean {near[0]}?")
+        if key in _FILES and isinstance(values[key], str) and values[key]:
+            values[key] = path.parent / Path(values[key]).expanduser()
     return values
 
 
@@ -366,9 +438,12 @@ def _path(value: str | Path) -> Path:
     return Path(value).absolute()
 
 
+# Relative to the configuration file where that names them.
+_FILES = ("token_file", "tls_cert", "tls_key", "tls_ca")
 # Annotation of a field → what to call it, the types it may be given in, conversion.
 _KINDS: dict[str, tuple[str, tuple[type, ...], Callable[[Any], Any]]] = {
     "Path": ("a path", (str, Path), _path),
+    "Path | None": ("a path", (str, Path), _path),
     "int": ("a whole number", (int,), int),
     "float": ("a number", (int, float), float),
     "str": ("a text", (str,), str),
