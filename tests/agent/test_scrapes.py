@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def test_what_is_no_request_is_refused(scrapes: Scrapes, sent: bytes) -> None:
 
 
 def test_a_client_that_sends_no_end_is_sent_away() -> None:
-    with Scrapes("127.0.0.1:0", exchange_s=0.05) as scrapes:
+    with Scrapes("127.0.0.1:0", request_s=0.05) as scrapes:
         scrapes.start(lambda: TEXT)
         with connect(scrapes) as connection:
             connection.sendall(b"GET /metrics HTTP/1.1\r\n")
@@ -123,19 +124,39 @@ def test_a_client_that_takes_nothing_is_sent_away() -> None:
             wait_until(reset, "the connection is reset")
 
 
-def test_more_than_enough_connections_are_closed_and_later_ones_answered(scrapes: Scrapes) -> None:
+def test_connections_that_are_held_open_shut_nobody_out() -> None:
     with contextlib.ExitStack() as opened:
-        for _ in range(MAX_CONNECTIONS):
-            opened.enter_context(connect(scrapes))
-        assert ended(opened.enter_context(connect(scrapes)))
-    wait_until(lambda: answered(scrapes), "who was here is gone")
+        scrapes = opened.enter_context(Scrapes("127.0.0.1:0", request_s=DEADLINE_S))
+        scrapes.start(lambda: TEXT)
+        held = [opened.enter_context(connect(scrapes)) for _ in range(MAX_CONNECTIONS)]
+        for connection in held:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\n")
+        assert ask(scrapes) == (200, TEXT)
+        assert ended(held[0])  # which has owed its request the longest
+        held[-1].sendall(b"\r\n")
+        assert held[-1].recv(13) == b"HTTP/1.1 200 "
 
 
-def answered(scrapes: Scrapes) -> bool:
-    try:
-        return ask(scrapes) == (200, TEXT)
-    except (http.client.RemoteDisconnected, ConnectionResetError):
-        return False
+def test_who_is_being_answered_keeps_their_place() -> None:
+    def render() -> bytes:
+        assert may_answer.wait(DEADLINE_S)
+        return TEXT
+
+    def asking(connection: socket.socket) -> socket.socket:
+        opened.enter_context(connection).sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        return connection
+
+    may_answer = threading.Event()
+    with contextlib.ExitStack() as opened:
+        scrapes = opened.enter_context(Scrapes("127.0.0.1:0"))
+        scrapes.start(render)
+        first = [asking(connect(scrapes)) for _ in range(MAX_CONNECTIONS - 1)]
+        assert ask(scrapes, "/")[0] == 200  # so what they sent before has been read
+        others = [asking(connect(scrapes)) for _ in range(3)]
+        # For which there is one place.
+        wait_until(lambda: len(select.select(others, [], [], 0)[0]) >= 2, "others are sent away")
+        may_answer.set()
+        assert {connection.recv(13) for connection in first} == {b"HTTP/1.1 200 "}
 
 
 def test_what_cannot_be_made_is_an_error_and_tried_again() -> None:

@@ -1,7 +1,8 @@
 """Answers HTTP at an address of this node: `GET /metrics`, and `GET /`, which says so; nothing else.
 
-On a thread of its own, away from the ranks. How large a request may be, and how long it may take until its
-answer was taken, is bounded; who comes when enough others are here is sent away.
+On a thread of its own, away from the ranks. How large a request may be, how long it may take to come, and
+until its answer was taken, is bounded. Where all places are taken, whoever has owed a request the longest is
+sent away for a new one; only where all are being answered is the new one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 8 * 1024
 MAX_CONNECTIONS = 16
+# On the node itself a request comes in one piece.
+REQUEST_S = 3.0
 EXCHANGE_S = 10.0
 STOP_S = 5.0
 PLAIN = "text/plain; charset=utf-8"
@@ -32,7 +35,9 @@ METRICS = "text/plain; version=0.0.4; charset=utf-8"
 class Scrapes:
     """Listens at HOST:PORT from its construction on; AgentError where it cannot. Leaving it closes it."""
 
-    def __init__(self, address: str, *, exchange_s: float = EXCHANGE_S) -> None:
+    def __init__(
+        self, address: str, *, request_s: float = REQUEST_S, exchange_s: float = EXCHANGE_S
+    ) -> None:
         host, port = loopback_address(address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -44,9 +49,12 @@ class Scrapes:
             ) from error
         shown = f"[{host}]" if family == socket.AF_INET6 else host
         self.url = f"http://{shown}:{self._socket.getsockname()[1]}/metrics"
+        self._request_s = request_s
         self._exchange_s = exchange_s
         self._render: Callable[[], bytes] = bytes
         self._connections = 0
+        # Those that have not sent a whole request, in the order in which they came.
+        self._owing: dict[asyncio.StreamWriter, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = asyncio.Event()
         self._began = threading.Event()
@@ -88,9 +96,14 @@ class Scrapes:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, one request."""
         if self._connections >= MAX_CONNECTIONS:
-            writer.transport.abort()
-            return
+            if not self._owing:
+                writer.transport.abort()
+                return
+            longest = next(iter(self._owing))
+            del self._owing[longest]
+            longest.transport.abort()  # which ends what is done for it
         self._connections += 1
+        self._owing[writer] = None
         try:
             await asyncio.wait_for(self._exchange(reader, writer), self._exchange_s)
         except (asyncio.TimeoutError, OSError, EOFError):
@@ -99,14 +112,16 @@ class Scrapes:
             pass  # this is the end; asyncio would log an error for each that ends cancelled
         finally:
             self._connections -= 1
+            self._owing.pop(writer, None)
             writer.transport.abort()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), self._request_s)
         except asyncio.LimitOverrunError:
             answer = _response(431, f"more than {MAX_REQUEST_BYTES} bytes of headers\n")
         else:
+            self._owing.pop(writer, None)
             status, problem = _judged(head)
             if status != 200:
                 answer = _response(status, problem)
