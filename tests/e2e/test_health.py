@@ -69,13 +69,15 @@ def test_a_nan_with_which_a_script_ends_is_told(
 from trackagent import client
 run = client.init(experiment="nan")
 print(run.id)
-client.log({"loss": float("nan")}, step=7)
+client.log({"loss\\u202e": float("nan")}, step=7)
 raise SystemExit(3)
 """
     run_id = run_script(folders, script, expect=3).stdout.strip()
     wait_until(lambda: events(agent, run_id, "nonfinite"), "the NaN is told")
     [nan] = events(agent, run_id, "nonfinite")
     assert (nan["data"]["rank"], nan["data"]["step"]) == (0, 7)
+    wait_until(lambda: r"loss\u202e is nan on rank 0" in agent.output, "the log shows it")
+    assert "\u202e" not in agent.output
 
 
 def test_a_drill(own_agent: Callable[..., AgentProcess], folders: Folders, tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from trackagent.agent.cli.output import (
     safe,
     since,
     table,
-    visible,
 )
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
 from trackagent.agent.processes import holds
+from trackagent.agent.shown import LogFormatter, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -58,7 +58,9 @@ def start_command(config: AgentConfig) -> int:
     # Imported here: the daemon pulls in everything, and only this command runs it.
     from trackagent.agent.daemon import serve
 
-    logging.basicConfig(format="%(asctime)s trackagent %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s trackagent %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
     return serve(config)
 
 

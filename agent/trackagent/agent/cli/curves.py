@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trackagent.agent.cli.output import visible
 from trackagent.agent.draw import Curve
+from trackagent.agent.shown import visible
 from trackagent.agent.store.contract import Floats, Ints
 
 if TYPE_CHECKING:

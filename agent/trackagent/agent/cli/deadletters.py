@@ -21,10 +21,10 @@ from trackagent.agent.cli.output import (
     print_table,
     safe,
     table,
-    visible,
 )
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
+from trackagent.agent.shown import visible
 
 if TYPE_CHECKING:
     from trackagent.agent.deadletters import DeadLetter

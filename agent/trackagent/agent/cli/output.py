@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trackagent.agent.shown import visible
+
 if TYPE_CHECKING:
     from trackagent.agent.store.contract import RunGap
 
@@ -70,12 +72,6 @@ def print_table(out: Console, rows: Table) -> None:
 def safe(text: str, style: str = "") -> Text:
     """Text that a training process chose: control characters are shown, not obeyed."""
     return Text(visible(text), style=style)
-
-
-def visible(text: str) -> str:
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def warn_of_damage(damage: Sequence[str]) -> None:

@@ -23,8 +23,8 @@ from trackagent.agent.cli.output import (
     duration,
     local,
     number,
-    visible,
 )
+from trackagent.agent.shown import visible
 
 if TYPE_CHECKING:
     from trackagent.protos.v1.agent_pb2 import (

@@ -25,10 +25,10 @@ from trackagent.agent.cli.output import (
     local,
     number,
     spaced,
-    visible,
     warn_of_damage,
 )
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.shown import visible
 
 if TYPE_CHECKING:
     from trackagent.agent.store.contract import Event, ExportBlock, Reader, RunGap

@@ -26,10 +26,10 @@ from trackagent.agent.cli.output import (
     safe,
     since,
     table,
-    visible,
     warn_of_damage,
 )
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.shown import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

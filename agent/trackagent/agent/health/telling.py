@@ -10,6 +10,7 @@ from typing import Any
 from trackagent.agent.active import Active
 from trackagent.agent.collect.contract import Incident
 from trackagent.agent.health.hooks import Hooks
+from trackagent.agent.shown import visible
 from trackagent.agent.store.contract import EventData, ProducerInfo
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Telling:
     ) -> None:
         self._hooks.put(
             {
-                "text": f"[{level}] {where}: {message}",
+                "text": visible(f"[{level}] {where}: {message}"),
                 "level": level,
                 "message": message,
                 "run_id": run_id,
