@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from tests.agent.samples import RUN_ID, TIME_NS, producer
+from trackagent.agent.access import Sight
 from trackagent.agent.collect.contract import GpuFacts, Sample
 from trackagent.agent.collect.sampler import Latest, State
 from trackagent.agent.present import (
+    MAX_ALARMS,
     MAX_ALL_EVENTS,
     MAX_EVENTS,
     MAX_GPUS,
@@ -48,6 +50,7 @@ def look(
     sampled: Sampled | None = None,
     progress: Progress | None = None,
     events: RecentEvents | None = None,
+    sees: Sight | None = None,
 ) -> agent_pb2.NodeResponse:
     return Present(
         node="host-a",
@@ -56,7 +59,7 @@ def look(
         ranks=lambda: ranks,
         progress=lambda: progress or Progress(),
         events=events or RecentEvents(),
-    ).look()
+    ).look(sees)
 
 
 def rank(number: int, **changes: object) -> ProducerInfo:
@@ -195,3 +198,33 @@ def test_events_of_runs_heard_of_long_ago_are_forgotten() -> None:
         events.take(event(), dataclasses.replace(producer(), run_id=run_id))
     assert len(events.of(runs)) == min(MAX_RUNS, MAX_ALL_EVENTS)
     assert events.of(runs[:1]) == []
+
+
+def test_what_others_have_takes_nothing_from_what_one_sees() -> None:
+    own = rank(0, run_id="a" * 32, start_time_ns=1)
+    others = [
+        rank(number, run_id=f"{number:032x}", start_time_ns=2) for number in range(1, MAX_RUNS + 4)
+    ]
+    events = RecentEvents()
+    events.take(event("own"), own)
+    for info in others[: MAX_RUNS // 2]:
+        for _ in range(MAX_EVENTS):
+            events.take(event("another's", TIME_NS + 1), info)
+    standing = [Standing("hang", "run", "error", "another's", others[0].run_id)] * (MAX_ALARMS + 1)
+    standing += [Standing("hang", "run", "error", "own", own.run_id)]
+    standing += [Standing("disk", "root", "error", "the node's")]
+    answer = look(
+        own,
+        *others,
+        progress=Progress(standing=standing),
+        events=events,
+        sees=lambda producer_id: producer_id == own.producer_id,
+    )
+    assert [run.run_id for run in answer.runs] == [own.run_id]
+    assert [one.message for one in answer.events] == ["own"]
+    assert [one.message for one in answer.alarms] == ["own", "the node's"]
+    assert (answer.more_ranks, answer.more_alarms) == (0, 0)
+
+
+def test_a_run_of_which_a_rank_is_another_users_is_hidden() -> None:
+    assert not look(rank(0), rank(1), sees=lambda producer_id: producer_id[-1] == 0).runs

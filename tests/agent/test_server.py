@@ -8,13 +8,14 @@ import socket
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tests.agent.samples import metrics
+from tests.agent.samples import metrics, producer
 from tests.agent.served import (
     DATA,
     ID,
@@ -29,7 +30,7 @@ from tests.agent.served import (
 )
 from tests.fakes import DEADLINE_S, Folders
 from trackagent.agent import server
-from trackagent.agent.access import Access
+from trackagent.agent.access import Access, Sight
 from trackagent.agent.owners import NotYours
 from trackagent.client.segment import MAX_LANES
 from trackagent.client.sender import PRODUCER_KEY
@@ -264,6 +265,27 @@ def test_a_stream_whose_batch_is_not_taken_does_not_end_well(
     metadata = [(PRODUCER_KEY, ID)] if named else []
     calls = served.stub.Push(iter([push()]), metadata=metadata, timeout=DEADLINE_S)
     assert refusal(lambda: list(calls)) == answer
+
+
+class Member(Access):
+    """Lets everybody see one producer only."""
+
+    def __init__(self, own: bytes) -> None:
+        object.__setattr__(self, "own", own)
+
+    def sight(self, peer: str) -> Sight:
+        return lambda producer_id: producer_id == self.own  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("place", [0, 1000])
+def test_a_member_sees_their_rank_among_a_thousand_of_others(serve: Serve, place: int) -> None:
+    ids = [number.to_bytes(16, "big") for number in range(1001)]
+    served = serve(access=Member(ids[place]))
+    infos = [replace(producer(), producer_id=one) for one in ids]
+    for opened in [served.spool.open_producer(info, {}) for info in infos]:
+        opened.result(DEADLINE_S)
+    seen = [one.producer.producer_id for one in served.status().producers]
+    assert seen == [ids[place]]
 
 
 @pytest.mark.parametrize("call", ["Status", "Push"])

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from trackagent.agent.gate import Gate
 from trackagent.agent.owners import NotYours, Owners
 from trackagent.protos.v1 import agent_pb2
+
+Sight = Callable[[bytes], bool]
+"""Whether a caller may see a producer, by its id; may wait, and raise what Owners raises."""
 
 
 @dataclass(frozen=True)
@@ -43,52 +48,24 @@ class Access:
         if not await asyncio.to_thread(self.owners.is_of, producer_id, self.user(peer)):
             raise NotYours("this producer was not opened by this user: call OpenRun first")
 
-    async def hide(self, peer: str, status: agent_pb2.StatusResponse) -> None:
-        """Leaves in `status` what the caller may see: for one who does not run the agent, their own ranks and
-        how the agent is doing, and no folder, error or loss of others."""
+    def sight(self, peer: str) -> Sight | None:
+        """Which producers the caller may see, None for one who may see all. NotYours for nobody known."""
         uid = self.user(peer)
-        if uid in (os.geteuid(), 0):
-            return
-        shown = [
-            one
-            for one in status.producers
-            if await asyncio.to_thread(self.owners.is_of, one.producer.producer_id, uid)
-        ]
-        for name in (
-            "producers",
-            "state_directory",
-            "lost_records",
-            "lost_since_start",
-            "quarantine",
-        ):
-            status.ClearField(name)
-        status.producers.extend(shown)
-        status.lost_unknown = "only the user who runs the agent may see it"
-        for sink in status.sinks:
-            sink.ClearField("error")
+        return None if uid in (os.geteuid(), 0) else partial(self.owners.is_of, uid=uid)
 
-    async def hide_runs(self, peer: str, node: agent_pb2.NodeResponse) -> None:
-        """Leaves in `node` what the caller may see: for one who does not run the agent, their own runs, with
-        what is said of them, and all that is sampled of the node."""
-        uid = self.user(peer)
-        if uid in (os.geteuid(), 0):
-            return
-        await asyncio.to_thread(self._keep_own_runs, uid, node)
-        node.ClearField("more_ranks")
-        node.ClearField("more_alarms")
-        for collector in node.collectors:
-            if collector.state != "off":
-                collector.ClearField("reason")
 
-    def _keep_own_runs(self, uid: int, node: agent_pb2.NodeResponse) -> None:
-        runs = [
-            run
-            for run in node.runs
-            if run.ranks and all(self.owners.is_of(one.producer_id, uid) for one in run.ranks)
-        ]
-        own = {run.run_id for run in runs}
-        alarms = [one for one in node.alarms if one.run_id in own or not one.run_id]
-        events = [one for one in node.events if one.run_id in own]
-        for name, kept in (("runs", runs), ("alarms", alarms), ("events", events)):
-            node.ClearField(name)
-            getattr(node, name).extend(kept)
+def hide_status(status: agent_pb2.StatusResponse) -> None:
+    """Leaves what a member may see beside their own ranks: how the agent is doing, and no folder, error or
+    loss of others."""
+    for name in ("state_directory", "lost_records", "lost_since_start", "quarantine"):
+        status.ClearField(name)
+    status.lost_unknown = "only the user who runs the agent may see it"
+    for sink in status.sinks:
+        sink.ClearField("error")
+
+
+def hide_node(node: agent_pb2.NodeResponse) -> None:
+    """The same beside their own runs."""
+    for collector in node.collectors:
+        if collector.state != "off":
+            collector.ClearField("reason")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Protocol
 
+from trackagent.agent.access import Sight
 from trackagent.agent.collect.contract import GpuFacts, Sample
 from trackagent.agent.collect.sampler import Latest, State
 from trackagent.agent.store.contract import EventData, ProducerInfo
@@ -136,8 +137,8 @@ class Present:
     progress: Callable[[], Progress]
     events: RecentEvents
 
-    def look(self) -> agent_pb2.NodeResponse:
-        """How things are."""
+    def look(self, sees: Sight | None = None) -> agent_pb2.NodeResponse:
+        """How things are, to one who may see these producers; None: all. Of a run, all of its ranks."""
         answer = agent_pb2.NodeResponse(
             agent_version=self.version, node=self.node, time_ns=time.time_ns()
         )
@@ -154,8 +155,14 @@ class Present:
         _add_readings(answer, samples)
         _add_gpus(answer, self.sampling.gpus(), samples)
         progress = self.progress()
-        _add_runs(answer, self.ranks(), progress, samples)
-        for alarm in progress.standing[:MAX_ALARMS]:
+        # Hidden before anything is left out, or there would be less of what one may see.
+        ranks = _seen(self.ranks(), sees)
+        _add_runs(answer, ranks, progress, samples)
+        here = {info.run_id for info in ranks}
+        standing = [
+            one for one in progress.standing if sees is None or not one.run_id or one.run_id in here
+        ]
+        for alarm in standing[:MAX_ALARMS]:
             answer.alarms.add(
                 rule=alarm.rule,
                 subject=_cut(alarm.subject),
@@ -163,9 +170,17 @@ class Present:
                 message=_cut(alarm.message),
                 run_id=alarm.run_id,
             )
-        answer.more_alarms = max(0, len(progress.standing) - MAX_ALARMS)
+        answer.more_alarms = max(0, len(standing) - MAX_ALARMS)
         answer.events.extend(self.events.of(run.run_id for run in answer.runs))
         return answer
+
+
+def _seen(ranks: Sequence[ProducerInfo], sees: Sight | None) -> Sequence[ProducerInfo]:
+    """Those of runs of which every rank may be seen."""
+    if sees is None:
+        return ranks
+    hidden = {info.run_id for info in ranks if not sees(info.producer_id)}
+    return [info for info in ranks if info.run_id not in hidden]
 
 
 def _add_readings(answer: agent_pb2.NodeResponse, samples: Sequence[Sample]) -> None:

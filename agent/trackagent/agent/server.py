@@ -10,14 +10,15 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from trackagent.agent import producers
-from trackagent.agent.access import Access
+from trackagent.agent.access import Access, Sight, hide_node, hide_status
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.interceptors import Discreet, Readable
 from trackagent.agent.owners import NotYours
@@ -134,8 +135,8 @@ class _Uncommitted:
 
 class Servicer(agent_pb2_grpc.AgentServicer):
     """The Agent service. `describe` fills in what the service itself does not know (sinks, losses,
-    folders). access: what each user may do; None: only one can connect. look: how the node is, but for which
-    ranks are connected; it may wait."""
+    folders). access: what each user may do; None: only one can connect. look: how the node is to one who may
+    see these producers (None: all), but for which ranks are connected; it may wait."""
 
     def __init__(
         self,
@@ -144,7 +145,9 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         version: str,
         describe: Callable[[agent_pb2.StatusResponse], Awaitable[None]],
         access: Access | None = None,
-        look: Callable[[], agent_pb2.NodeResponse] = agent_pb2.NodeResponse,
+        look: Callable[[Sight | None], agent_pb2.NodeResponse] = lambda sees: (
+            agent_pb2.NodeResponse()
+        ),
     ) -> None:
         self._spool = spool
         self._config = config
@@ -327,6 +330,10 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         for sink in statistics["sinks"]:
             response.sinks.add(**sink)
         ranks = [one for one in statistics["producers"] if not one["info"].sampled]
+        sees = await self._sight(context)
+        if sees is not None:
+            own = partial(_own, ranks, sees)
+            ranks = await _permitted(asyncio.to_thread(own), context)
         for producer in ranks[:1000]:
             info: ProducerInfo = producer["info"]
             response.producers.add(
@@ -337,20 +344,30 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         await self._describe(response)
         if statistics["lost_batches"]:
             response.lost_records[LOST_BATCHES] = statistics["lost_batches"]
-        if self._access is not None:
-            await _permitted(self._access.hide(context.peer(), response), context)
+        if sees is not None:
+            hide_status(response)
         return response
 
     async def Node(
         self, request: agent_pb2.NodeRequest, context: Context
     ) -> agent_pb2.NodeResponse:
-        response = await asyncio.to_thread(self._look)
+        sees = await self._sight(context)
+        response = await _permitted(asyncio.to_thread(self._look, sees), context)
         for run in response.runs:
             for rank in run.ranks:
                 rank.connected = self.is_connected(rank.producer_id)
-        if self._access is not None:
-            await _permitted(self._access.hide_runs(context.peer(), response), context)
+        if sees is not None:
+            hide_node(response)
         return response
+
+    async def _sight(self, context: Context) -> Sight | None:
+        """What the caller may see, None: everything."""
+        if self._access is None:
+            return None
+        try:
+            return self._access.sight(context.peer())
+        except NotYours as error:
+            await _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(error))
 
 
 async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.aio.Server:
@@ -392,22 +409,35 @@ async def _result(job: Future[T], context: Context) -> T:
         await _abort(context, grpc.StatusCode.INTERNAL, f"the spool cannot commit: {error}")
 
 
-async def _permitted(question: Awaitable[None], context: Context) -> None:
-    """Ends the call where the caller may not do this, or where it cannot be told."""
-    refused = await _refusal(question)
-    if refused is not None:
+async def _permitted(question: Awaitable[T], context: Context) -> T:
+    """The answer; ends the call where the caller may not do this, or where it cannot be told."""
+    try:
+        return await question
+    except _UNTOLD as error:
+        refused = _refused(error)
         await _abort(context, refused.code, refused.message)
 
 
 async def _refusal(question: Awaitable[None]) -> _Refused | None:
     try:
         await question
-    except NotYours as error:
-        return _Refused(grpc.StatusCode.PERMISSION_DENIED, str(error))
-    except (sqlite3.Error, StoreError) as error:
-        logger.warning("cannot tell whose run it is: %s", error)
-        return _Refused(grpc.StatusCode.UNAVAILABLE, "cannot tell whose run it is: try again")
+    except _UNTOLD as error:
+        return _refused(error)
     return None
+
+
+_UNTOLD = (NotYours, sqlite3.Error, StoreError)
+
+
+def _refused(error: Exception) -> _Refused:
+    if isinstance(error, NotYours):
+        return _Refused(grpc.StatusCode.PERMISSION_DENIED, str(error))
+    logger.warning("cannot tell whose run it is: %s", error)
+    return _Refused(grpc.StatusCode.UNAVAILABLE, "cannot tell whose run it is: try again")
+
+
+def _own(ranks: list[dict[str, Any]], sees: Sight) -> list[dict[str, Any]]:
+    return [one for one in ranks if sees(one["info"].producer_id)]
 
 
 async def _abort(context: Context, code: grpc.StatusCode, message: str) -> NoReturn:
