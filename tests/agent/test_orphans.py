@@ -88,6 +88,28 @@ def test_the_journal_of_a_killed_process_is_deleted(orphans: Orphans, folders: F
     assert folders.journals() == []
 
 
+@pytest.mark.parametrize(
+    ("hub", "known"),
+    [
+        (f"node-0:7717 {'0' * 64} {'1' * 32}", "node-0:7717"),
+        ("as a newer client says it", None),
+        ("", None),
+    ],
+)
+def test_a_journal_says_which_hub_its_records_are_for(
+    spool: Spool, orphans: Orphans, folders: Folders, hub: str, known: str | None
+) -> None:
+    target = journal(folders, producer(hub=hub))
+    log_losses(target, MANY)
+    target.close()
+    assert {
+        found.hub and found.hub.address
+        for found in segments_module.segment_files(folders.journals())
+    } == {known}
+    orphans.look()
+    assert steps(spool) == list(MANY)
+
+
 def test_a_killed_process_is_listed_no_longer(
     spool: Spool, orphans: Orphans, folders: Folders
 ) -> None:

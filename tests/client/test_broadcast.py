@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tests.fakes import DEADLINE_S, in_a_forked_process, wait_until
-from trackagent.client.broadcast import GRACE_S
+from trackagent.client.broadcast import GRACE_S, Word
 from trackagent.client.errors import IdentityError
+from trackagent.client.hub import Hub
 from trackagent.client.identity import (
     SPARE_CONNECT_S,
     Decision,
@@ -29,6 +30,8 @@ from trackagent.client.identity import (
 
 A = "a" * 32
 B = "b" * 32
+HUB = Hub("node-0:7717", "0" * 64, "1" * 32)
+OTHER_HUB = Hub("node-1:7717", "2" * 64, "3" * 32)
 
 
 class MemoryStore:
@@ -153,8 +156,16 @@ def test_all_ranks_agree(job: Job) -> None:
 
 
 def test_the_others_hear_of_rank_0s_hub(job: Job) -> None:
-    job.rank(0, hub="host:7")
-    assert job.rank(1).identity.hub == "host:7"
+    job.rank(0, hub=HUB)
+    assert job.rank(1).identity.hub == HUB
+
+
+def test_a_restarted_rank_0_on_another_node_names_another_hub(job: Job) -> None:
+    for attempt, hub in ((1, HUB), (2, None), (3, OTHER_HUB)):
+        job.rank(0, hub=hub)
+        other = job.rank(1).identity
+        assert (other.attempt, other.hub) == (attempt, hub)
+        job.kill()
 
 
 def test_a_rank_keeps_its_own_rank(job: Job) -> None:
@@ -379,8 +390,28 @@ def test_a_store_that_breaks_is_an_identity_error() -> None:
 def test_a_word_of_another_version_is_an_identity_error() -> None:
     store = MemoryStore()
     store.set("trackagent/1/answer/1", '{"run": 1}')
-    with pytest.raises(IdentityError, match="rank 0's word is not understood"):
+    with pytest.raises(IdentityError, match=r"rank 0's word .* is not understood .*'run_id'"):
         Job(MemoryLink(store)).rank(1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda said: said[:-1], id="cut off"),
+        pytest.param(lambda said: said + "\udcff", id="no UTF-8"),
+        pytest.param(lambda said: said.replace("node-0:", "node-0 "), id="address"),
+        pytest.param(lambda said: said.replace(HUB.token, HUB.token * 2), id="token"),
+    ],
+)
+def test_a_word_that_is_not_understood_does_not_tell_the_token(
+    damage: Callable[[str], str],
+) -> None:
+    store = MemoryStore()
+    said = damage(Word(A, 1, HUB, B, 7).encode())
+    store.data["trackagent/1/answer/1"] = said.encode(errors="surrogateescape")
+    with pytest.raises(IdentityError, match="is not understood") as caught:
+        Job(MemoryLink(store)).rank(1)
+    assert HUB.token not in str(caught.value)
 
 
 # Rank 0's thread

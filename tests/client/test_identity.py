@@ -9,6 +9,7 @@ import pytest
 
 from tests.fakes import in_a_forked_process
 from trackagent.client.errors import ConfigError
+from trackagent.client.hub import Hub
 from trackagent.client.identity import (
     Decision,
     History,
@@ -72,7 +73,16 @@ def test_the_second_init_with_the_same_given_id_is_its_second_attempt() -> None:
 
 
 def test_rank_0_keeps_its_own_word_about_the_hub() -> None:
-    assert alone(hub="host:1").identity.hub == "host:1"
+    hub = Hub("host:1", "0" * 64, "1" * 32)
+    assert alone(hub=hub).identity.hub == hub
+
+
+def test_who_a_process_is_can_be_shown_without_the_hubs_token() -> None:
+    environ: dict[str, str] = {}
+    decision = alone(hub=Hub("host:1", "0" * 64, "1" * 32), environ=environ)
+    shown = f"{decision!r} {decision.identity} {environ}"
+    assert "host:1" in shown
+    assert "1" * 32 not in shown
 
 
 # A run id that the user gives

@@ -132,6 +132,7 @@ def test_the_agent_is_told_who_sends(agent: FakeAgent, start: Callable[..., Prod
     expected = {**PRODUCER, "producer_id": bytes.fromhex(PRODUCER["producer_id"])}  # type: ignore[arg-type]
     assert request.producer == agent_pb2.Producer(**expected)
     assert request.protocol_version == 1
+    assert not request.HasField("hub")
 
 
 def test_the_agent_is_told_the_end(agent: FakeAgent, start: Callable[..., Producer]) -> None:

@@ -25,13 +25,17 @@ OTHER = "b" * 32
 PRELUDE = """
 import datetime, json, os, sys, time
 import torch.distributed as dist
+from trackagent.client.hub import Hub
 from trackagent.client.identity import decide
+
+def hub_of(name):
+    return Hub(f"{name}:7717", "0" * 64, "1" * 32)
 
 def told(call, **arguments):
     decision = decide(timeout_s=30, **{"run_id": None, **arguments})
     who = decision.identity
     line = {"call": call, "run_id": who.run_id, "attempt": who.attempt, "rank": who.rank,
-            "world_size": who.world_size, "hub": who.hub, "warnings": decision.warnings,
+            "world_size": who.world_size, "hub": who.hub and who.hub.text(), "warnings": decision.warnings,
             "restart": os.environ.get("TORCHELASTIC_RESTART_COUNT")}
     with open(f"{sys.argv[1]}/{os.getpid()}.jsonl", "a") as file:
         print(json.dumps(line), file=file)
@@ -43,7 +47,7 @@ TORCHRUN = """
 rank = int(os.environ["RANK"])
 if rank == 0:
     time.sleep(1)
-first = told("before the group", hub=f"hub of {rank}")
+first = told("before the group", hub=hub_of(f"rank-{rank}"))
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
 second = told("in the group", run_id="b" * 32 if rank == 2 else None)
 dist.destroy_process_group()
@@ -63,7 +67,8 @@ if (rank, restart) == ("1", "0"):
     while not os.listdir(sys.argv[1]):  # until rank 0 has decided, and waits for somebody to ask
         time.sleep(0.02)
     os._exit(1)
-told("first")
+# Each group is on another node.
+told("first", hub=hub_of(f"rank-{rank}-of-group-{restart}"))
 if (rank, restart) == ("1", "1"):
     os._exit(1)
 if restart != "2":
@@ -220,7 +225,8 @@ def test_all_ranks_wait_for_a_late_rank_0_and_agree(job: Outcome) -> None:
 
 
 def test_every_rank_hears_of_rank_0s_hub(job: Outcome) -> None:
-    assert [line["hub"] for line in job.of(call="before the group")] == ["hub of 0"] * 4
+    hubs = [line["hub"] for line in job.of(call="before the group")]
+    assert hubs == [f"rank-0:7717 {'0' * 64} {'1' * 32}"] * 4
 
 
 def test_all_ranks_agree_within_a_process_group(job: Outcome) -> None:
@@ -275,6 +281,12 @@ def test_a_death_before_init_leaves_the_next_group_in_agreement(restarted: Outco
 def test_a_death_after_init_leaves_the_next_group_in_agreement(restarted: Outcome) -> None:
     run_id = the_run(restarted, call="first")
     assert restarted.runs(restart="2", call="first") == everywhere(run_id, 3, 2)
+
+
+def test_a_restarted_rank_0_names_the_hub_anew(restarted: Outcome) -> None:
+    for restart in ("1", "2"):
+        hubs = [line["hub"] for line in restarted.of(restart=restart, call="first")]
+        assert {hub.partition(" ")[0] for hub in hubs} == {f"rank-0-of-group-{restart}:7717"}
 
 
 def test_a_second_init_that_no_earlier_group_reached_is_at_attempt_1(restarted: Outcome) -> None:

@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 from trackagent.agent import producers
 from trackagent.agent.store.contract import ProducerInfo
+from trackagent.client.errors import ConfigError
+from trackagent.client.hub import Hub
 from trackagent.client.record import Kind
 from trackagent.client.segment import HEADER_BYTES, SUFFIX, read_header
 
@@ -42,6 +44,8 @@ class SegmentFile:
     number: int
     acknowledged: int
     without_sender: bool
+    hub: Hub | None
+    """Where rank 0 wanted the records; None: wherever this agent delivers to."""
 
     @property
     def held_from(self) -> int:
@@ -113,13 +117,28 @@ def _segment_file(path: Path) -> SegmentFile | None:
                 raise ValueError("there are records but no header")
             return None
     producer_id = bytes.fromhex(str(header.identity["producer_id"]))
-    info = producers.checked({**header.identity, "producer_id": producer_id})
+    info = producers.checked({**header.identity, "producer_id": producer_id, "hub": ""})
     if producer_id.hex() != path.parent.name:
         raise ValueError(f"it belongs to producer {producer_id.hex()}")
     without_sender = header.identity.get("sender") is False
     return SegmentFile(
-        path, info, header.lane, header.base, header.number, header.acknowledged, without_sender
+        path,
+        info,
+        header.lane,
+        header.base,
+        header.number,
+        header.acknowledged,
+        without_sender,
+        _hub(header.identity.get("hub", "")),
     )
+
+
+def _hub(text: str) -> Hub | None:
+    """None also for what a newer client may have written: the records themselves can be read."""
+    try:
+        return Hub.parse(text)
+    except ConfigError:
+        return None
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -34,6 +34,7 @@ from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 from trackagent.client.errors import ConfigError, IdentityError
+from trackagent.client.hub import Hub
 
 GRACE_S = 30.0  # ranks of one job call init() within about this time of each other
 EXIT_WAIT_S = 5.0
@@ -83,17 +84,17 @@ Finder = Callable[[Mapping[str, str]], tuple[Link | None, tuple[int, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What rank 0 says. `token` tells this saying from any other. job_time_ns: when its job first began the
-    run, nanoseconds since 1970; 0: not known."""
+    """What rank 0 says. `token` tells this saying from any other. hub: None where the ranks' agents deliver
+    wherever they do. job_time_ns: when its job first began the run, nanoseconds since 1970; 0: not known."""
 
     run_id: str
     attempt: int
-    hub: str
+    hub: Hub | None
     token: str
     job_time_ns: int = 0
 
     def encode(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self) | {"hub": self.hub.text() if self.hub else ""})
 
     @classmethod
     def decode(cls, data: bytes) -> Word:
@@ -102,13 +103,15 @@ class Word:
             return cls(
                 normal_run_id(said["run_id"], "its run id"),
                 int(said["attempt"]),
-                str(said["hub"]),
+                Hub.parse(said["hub"]) if said["hub"] else None,
                 str(said["token"]),
                 int(said["job_time_ns"]),
             )
         except (ValueError, TypeError, KeyError) as error:
+            # Not the word itself: it may hold the hub's token.
             raise IdentityError(
-                f"rank 0's word is not understood ({error}): {data[:200]!r}; "
+                f"rank 0's word of {len(data)} bytes is not understood "
+                f"({type(error).__name__}: {error}); "
                 "install the same version of trackagent on every node"
             ) from None
 

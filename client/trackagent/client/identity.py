@@ -36,6 +36,7 @@ from trackagent.client.broadcast import (
     whole_number,
 )
 from trackagent.client.errors import ConfigError, IdentityError
+from trackagent.client.hub import Hub
 
 MAX_NODE_CHARACTERS = 253  # a DNS name's limit, and Kubernetes'
 SPARE_CONNECT_S = 5.0  # where the store is of use but not needed
@@ -85,8 +86,8 @@ class Identity:
     node: str
     """The host's name (in Kubernetes the node's, where NODE_NAME gives it), or TRACKAGENT_NODE."""
 
-    hub: str = ""
-    """What rank 0 said about the run's hub, as it was given to decide()."""
+    hub: Hub | None = None
+    """The run's hub, as rank 0 said; None: its agent delivers wherever it does."""
 
     job_time_ns: int = 0
     """When rank 0's job first began this run, nanoseconds since 1970; orders the jobs that continue a run and
@@ -195,7 +196,7 @@ def decide(
     *,
     run_id: str | None,
     timeout_s: float,
-    hub: str = "",
+    hub: Hub | None = None,
     environ: MutableMapping[str, str] = os.environ,
     history: History = _HISTORY,
     find: Finder | None = None,
@@ -357,7 +358,7 @@ class _Caller:
     call: int
     given: str | None
     first_attempt: int
-    hub: str
+    hub: Hub | None
     earlier: Mapping[str, int]
     job_time_ns: int | None
     new_id: Callable[[], str]

@@ -135,6 +135,8 @@ class Run:
             "forked": forked,
             "job_time_ns": max(0, who.job_time_ns),
         }
+        if who.hub is not None:
+            producer["hub"] = who.hub.text()
         # gRPC does not survive a fork: such a process only writes its journal, and the agent reads that.
         if forked or _grpc_is_lost:
             producer["sender"] = False

@@ -9,8 +9,9 @@
 24   u64      offset in the lane of the first record
 32   u32      number of the segment in its lane, from 0
 36   u32      identity length, bytes
-40            identity, JSON with the fields of trackagent.v1.Producer; "sender": false where nobody sends
-              the journal, and the agent reads it while its owner lives
+40            identity, JSON with the fields of trackagent.v1.Producer; "hub": where rank 0 wants the records,
+              the text of trackagent.client.hub; "sender": false where nobody sends the journal, and the
+              agent reads it while its owner lives
 4080 u64      offset in the lane that was acknowledged when last heard of; not in the checksum
 4088 u64      the same again: where they differ, the smaller counts
 4096          records (trackagent.client.record); a length of 0: nothing more is published

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from trackagent.client import imports
 from trackagent.client.config import ClientConfig
+from trackagent.client.hub import Hub
 from trackagent.client.journal import Journal
 from trackagent.client.trust import check_socket
 
@@ -318,12 +319,17 @@ class _Stream:
         """Announces the producer; what the agent has, by lane. grpc.RpcError when it does not
         answer or refuses."""
         fields = dict(self._producer, producer_id=self._producer_id)
+        hub = None
+        if "hub" in fields:
+            named = Hub.parse(fields.pop("hub"))
+            hub = self._pb.HubAddress(address=named.address, pin=named.pin, token=named.token)
         response = self._stub.OpenRun(
             self._pb.OpenRunRequest(
                 protocol_version=PROTOCOL_VERSION,
                 producer=self._pb.Producer(**fields),
                 held=self._offsets(held),
                 schemas=schemas,
+                hub=hub,
             ),
             timeout=CALL_TIMEOUT_S,
         )
