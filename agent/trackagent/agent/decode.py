@@ -16,6 +16,7 @@ import numpy as np
 
 from trackagent.agent.notices import UNREADABLE
 from trackagent.agent.spool import AGENT_LANE, Delivery, SpooledBatch
+from trackagent.agent.spooltables import FORWARDED_LANE
 from trackagent.agent.store.contract import (
     Batch,
     EventData,
@@ -71,19 +72,21 @@ class _Decoded:
 
 
 def decode(delivery: Delivery, keys: Keys) -> Batch:
-    """What `delivery` says. Records that cannot be read are left out and counted as lost, and an event in
-    their run says what and why."""
+    """What `delivery` says; what other agents forwarded is not looked into. Records that cannot be read are
+    left out and counted as lost, and an event in their run says what and why."""
     decoded = _Decoded()
-    for spooled in delivery.batches:
+    parts = [one for one in delivery.batches if one.lane == FORWARDED_LANE]
+    own = [one for one in delivery.batches if one.lane != FORWARDED_LANE]
+    for spooled in own:
         decoded.producers[spooled.producer.producer_id] = spooled.producer
     # By the number of the first of them, so that what a lane says stays in its order.
     together: dict[int, _Decoded] = {}
     covered: set[int] = set()
-    for part in _parts(delivery.batches):
+    for part in _parts(own):
         if len(part) > 1 and (found := _decoded_together(part, keys)) is not None:
             together[part[0].number] = found
             covered.update(spooled.number for spooled in part)
-    for spooled in delivery.batches:
+    for spooled in own:
         if spooled.number in together:
             decoded.take_metrics(together[spooled.number])
         elif spooled.number not in covered:
@@ -99,6 +102,7 @@ def decode(delivery: Delivery, keys: Keys) -> Batch:
         losses=decoded.losses,
         gaps=decoded.gaps,
         metric_records=dict(decoded.metric_records),
+        parts=[(one.producer, one.journal_bytes) for one in parts],
     )
 
 
@@ -229,7 +233,7 @@ def _decode_other(spooled: SpooledBatch, found: record.Record, out: _Decoded) ->
     # JSON may spell text that has no UTF-8; one such record must not make a store refuse the whole batch.
     json.dumps(data, ensure_ascii=False).encode()
     # Nor make one that reads the run run into the limit of recursion.
-    if _nested(data, MAX_NESTED):
+    if nested(data, MAX_NESTED):
         raise ValueError(f"nested more than {MAX_NESTED} deep")
     if found.kind == Kind.NAMED:
         if not _distinct(found.keys):
@@ -271,7 +275,7 @@ def _distinct(keys: Sequence[str]) -> bool:
     return len(set(keys)) == len(keys) and "" not in keys
 
 
-def _nested(value: Any, levels: int) -> bool:
+def nested(value: Any, levels: int) -> bool:
     """Whether there are containers more than `levels` deep in each other."""
     row = [value]
     for _ in range(levels + 1):

@@ -67,6 +67,7 @@ class Salvaged:
     producers: dict[int, tuple[bytes, str, int | None]] = field(default_factory=dict)
     lanes: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     schemas: dict[tuple[int, int], str] = field(default_factory=dict)
+    arrived: list[tuple[str, int, int]] = field(default_factory=list)
     sinks: dict[str, SinkState] = field(default_factory=dict)
     batches: list[BatchHead] = field(default_factory=list)
     holes: list[Hole] = field(default_factory=list)
@@ -88,6 +89,7 @@ def salvaged(pages: Pages) -> Salvaged:
         producers=known,
         schemas={key: text for key, text in found.schemas.items() if key[0] in known},
         lanes={key: lane for key, lane in found.lanes.items() if key[0] in known},
+        arrived=sorted(found.arrived),
         sinks=found.sinks,
     )
     heads = sorted(found.batches.values(), key=lambda head: head.number)
@@ -153,6 +155,8 @@ class _Rows:
         self.producers: dict[int, tuple[bytes, str, int | None]] = {}
         self.lanes: dict[tuple[int, int], tuple[int, int]] = {}
         self.schemas: dict[tuple[int, int], str] = {}
+        # What came stays so: older states say the truth, and less of it.
+        self.arrived: set[tuple[str, int, int]] = set()
         self.sinks: dict[str, SinkState] = {}
         self.batches: dict[int, BatchHead] = {}
         self.highest = 0
@@ -162,6 +166,7 @@ class _Rows:
             "producers": self._take_producer,
             "lanes": self._take_lane,
             "schemas": self._take_schema,
+            "arrived": lambda *range_: self.arrived.add(range_),
             "sinks": self._take_sink,
         }
         for cell in pages.cells():

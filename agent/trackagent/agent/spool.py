@@ -27,14 +27,15 @@ from uuid import uuid4
 from trackagent.agent import notices
 from trackagent.agent.commits import GroupCommit
 from trackagent.agent.spoolfile import SpoolError, SpoolFile, is_damage
-from trackagent.agent.spooltables import AGENT_LANE, SinkState, Tables
-from trackagent.agent.store.contract import BatchId, ProducerInfo
+from trackagent.agent.spooltables import AGENT_LANE, FORWARDED_LANE, SinkState, Tables
+from trackagent.agent.store.contract import BatchId, ProducerInfo, node_run_id
 from trackagent.client import record
 
 __all__ = [
     "AGENT_LANE",
     "Delivery",
     "OutOfOrder",
+    "Overlaps",
     "Spool",
     "SpoolError",
     "SpoolFull",
@@ -65,6 +66,10 @@ class UnknownProducer(SpoolError):
 
 class OutOfOrder(SpoolError):
     """A batch that begins after what is committed of its lane."""
+
+
+class Overlaps(SpoolError):
+    """A part of another agent's spool of which something came before, and something did not."""
 
 
 class UnknownSink(SpoolError):
@@ -269,6 +274,43 @@ class Spool:
         future.add_done_callback(committed)
         return future
 
+    # --- what other agents do
+
+    def accept(self, id_: BatchId, part: bytes, node: str) -> Future[None]:
+        """Commits what the agent of a node forwards: a Part (hub.proto) with this id, whose origin is 32
+        hexadecimal digits. Changes nothing when its range came before.
+
+        Fails with SpoolFull, or Overlaps."""
+
+        def job() -> tuple[None, int]:
+            tables = self._tables
+            for first, last in tables.arrived(id_.origin):
+                if first <= id_.first and id_.last <= last:
+                    return None, 0
+                if first <= id_.last and id_.first <= last:
+                    raise Overlaps(
+                        f"{id_.first} to {id_.last} of {id_.origin} overlaps {first} to {last}, which came"
+                    )
+            self._check_room(len(part))
+            tables.append(self._forwarder(id_.origin, node), FORWARDED_LANE, part)
+            tables.add_arrived(id_.origin, id_.first, id_.last)
+            return None, len(part)
+
+        return self._spooling(job, size=len(part), patience_s=self._linger_s)
+
+    def arrived(self, origin: str) -> Future[list[tuple[int, int]]]:
+        """Which ranges (first, last) of another agent's spool came, ascending, as far as is known."""
+        return self._commits.submit(lambda: self._tables.arrived(origin))
+
+    def note_arrived(self, origin: str, ranges: Sequence[tuple[int, int]]) -> Future[None]:
+        """These came too: the store has them, from a spool of before."""
+
+        def job() -> None:
+            for first, last in ranges:
+                self._tables.add_arrived(origin, first, last)
+
+        return self._commits.submit(job)
+
     def forget_ended(self, kept: Sequence[bytes]) -> Future[None]:
         """Forgets producers that ended long ago, except `kept`, and those whose batches are still needed."""
 
@@ -277,6 +319,7 @@ class Spool:
             for number, producer_id in self._tables.long_ended(ended_ns):
                 if producer_id not in kept:
                     self._tables.forget_producer(number)
+                    self._tables.forget_arrived(producer_id.hex())
             self._forget_producers()
 
         return self._commits.submit(job)
@@ -292,21 +335,36 @@ class Spool:
 
     # --- what sinks do
 
-    def add_sink(self, name: str) -> Future[str]:
-        """A sink that starts with the oldest batch there is; changes nothing if it is known. The result is
-        the origin under which it gets its batches. From here on nothing is deleted that it has yet to get,
-        also while its cursor is lost with a damaged file."""
+    def add_sink(self, name: str, *, from_now: bool = False) -> Future[str]:
+        """A sink that starts with the oldest batch there is, or, from_now, with the next one; changes nothing
+        if it is known. The result is the origin under which it gets its batches. From here on nothing is
+        deleted that it has yet to get, also while its cursor is lost with a damaged file."""
 
         def job() -> str:
             tables = self._tables
             self._sinks.add(name)
             sink = tables.sink(name)
             if sink is None:
-                sink = SinkState(tables.origin(), tables.ends()[0] - 1)
+                begin = tables.next_number() if from_now else tables.ends()[0]
+                sink = SinkState(tables.origin(), begin - 1)
                 tables.put_sink(name, sink)
             return sink.origin
 
         return self._commits.submit(job)
+
+    def remove_sink(self, name: str) -> Future[None]:
+        """Nothing is kept for this sink any more. Idempotent."""
+
+        def job() -> None:
+            self._sinks.discard(name)
+            self._tables.remove_sink(name)
+            self._delete_delivered()
+
+        return self._commits.submit(job)
+
+    def sinks(self) -> Future[list[str]]:
+        """The names of those that are known."""
+        return self._commits.submit(lambda: list(self._tables.sinks()))
 
     def reconcile_sink(self, name: str, origin: str, last: int) -> Future[None]:
         """The sink says that it has the batches of `origin` up to `last`; the spool may know of less after
@@ -549,15 +607,34 @@ class Spool:
         if end <= committed:
             return committed, 0
         fresh = journal_bytes[committed - first_offset :]
-        held = tables.held()
-        if capped and held + len(fresh) > self._max_bytes:
-            raise SpoolFull(
-                f"the spool holds {held} bytes, its limit is {self._max_bytes}: a sink is behind"
-            )
+        if capped:
+            self._check_room(len(fresh))
         tables.append(number, lane, fresh)
         for schema_id, keys in schemas:
             tables.add_schema(number, schema_id, keys)
         return end, len(fresh)
+
+    def _check_room(self, size: int) -> None:
+        """SpoolFull where so much more is too much."""
+        held = self._tables.held()
+        if held + size > self._max_bytes:
+            raise SpoolFull(
+                f"the spool holds {held} bytes, its limit is {self._max_bytes}: a sink is behind"
+            )
+
+    def _forwarder(self, origin: str, node: str) -> int:
+        """The producer that stands for what is forwarded of another agent's spool. It logs nothing itself,
+        and is as good as ended: it is remembered while its batches are here."""
+        producer_id = bytes.fromhex(origin)
+        number = self._tables.number(producer_id)
+        if number is None:
+            run_id = node_run_id(node)
+            info = ProducerInfo(
+                producer_id, run_id, 1, 0, 0, 1, node, 0, 0, "nodes", "", False, 0, f"node {node}"
+            )
+            number = self._tables.add_producer(info)
+            self._tables.end_producer(producer_id, time.time_ns())
+        return number
 
     def _give_pages(self) -> None:
         """Gives the disk what a backlog took, a bit at a time; some pages stay for the next batches."""

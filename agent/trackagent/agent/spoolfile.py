@@ -31,12 +31,14 @@ from trackagent.agent.salvage import Hole, Salvaged, batch_bytes, salvaged
 from trackagent.agent.spooltables import (
     AGENT_LANE,
     COLUMNS,
+    OLDER_VERSION,
     VERSION,
     SpoolDamaged,
     Tables,
     checksum,
     names_of,
     schema,
+    upgrade,
 )
 
 logger = logging.getLogger(__name__)
@@ -141,7 +143,7 @@ class SpoolFile:
         if not self._path.exists() and not self._log.exists():
             return ("it is gone, and its log", 1) if marked else (None, 0)
         with contextlib.closing(Pages(self._path)) as pages:
-            if pages.is_database and pages.version not in (0, VERSION):
+            if pages.is_database and pages.version not in (0, OLDER_VERSION, VERSION):
                 if salvaged(pages).origin is None:
                     raise SpoolError(
                         f"the spool {self._path} has version {pages.version}, this program knows {VERSION}: "
@@ -179,6 +181,8 @@ class SpoolFile:
             connection.execute("PRAGMA wal_checkpoint")
         else:
             connection.execute("PRAGMA journal_mode = WAL")
+            if version == OLDER_VERSION:
+                connection.executescript(f"BEGIN;{upgrade()}COMMIT;")
             _check(connection, tables)
         connection.execute("PRAGMA synchronous = FULL")
 
@@ -205,6 +209,8 @@ class SpoolFile:
                 tables.set_lane(*lane, *state)
             for schema_id, keys in found.schemas.items():
                 tables.add_schema(*schema_id, keys)
+            for range_ in found.arrived:
+                tables.add_arrived(*range_)
             for name, sink in found.sinks.items():
                 tables.put_sink(name, sink)
             for head in found.batches:

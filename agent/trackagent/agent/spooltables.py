@@ -12,6 +12,7 @@ lost with one page.
     schemas    keys joined by newlines
     batches    previous: the lane's batch before, 0 for none; content: CRC-32 of bytes; ordinal and total:
                batches and bytes up to this one, so that what waits is a difference and never counted
+    arrived    ranges of other agents' spools (origin) that came; neighbouring ones are one
     sinks      origin: the first part of the ids of what it gets; everything up to batch `cursor` is
                delivered; planned: end of the range under way
 """
@@ -28,9 +29,16 @@ from zlib import crc32
 from trackagent.agent.producers import from_fields, to_fields
 from trackagent.agent.store.contract import ProducerInfo
 
-VERSION = 2
+VERSION = 3
+# Without the table `arrived`.
+OLDER_VERSION = 2
 # The lane of what the agent itself has to say about a producer; a journal's lanes are below 64.
 AGENT_LANE = 255
+# The lane of what another agent forwarded: each batch is a Part (hub.proto) of the spool whose name the
+# producer's id is.
+FORWARDED_LANE = 254
+# Ranges of one origin that are known apart.
+MAX_RANGES = 64
 
 COLUMNS = {
     "spool": "id INTEGER PRIMARY KEY, origin TEXT NOT NULL, first_number INTEGER NOT NULL,"
@@ -39,6 +47,7 @@ COLUMNS = {
     " ended_ns INTEGER",
     "lanes": "producer INTEGER, lane INTEGER, committed INTEGER NOT NULL, last INTEGER NOT NULL",
     "schemas": "producer INTEGER, schema_id INTEGER, keys TEXT NOT NULL",
+    "arrived": "origin TEXT, first INTEGER NOT NULL, last INTEGER NOT NULL",
     "sinks": "name TEXT, origin TEXT NOT NULL, cursor INTEGER NOT NULL, planned INTEGER,"
     " rejected INTEGER NOT NULL",
 }
@@ -47,6 +56,7 @@ _KEYS = {
     "producers": ("number",),
     "lanes": ("producer", "lane"),
     "schemas": ("producer", "schema_id"),
+    "arrived": ("origin", "first"),
     "sinks": ("name",),
 }
 _BATCHES = """
@@ -97,6 +107,11 @@ def schema() -> str:
             f"PRAGMA user_version = {VERSION};",
         ]
     )
+
+
+def upgrade() -> str:
+    """The statements that make the tables of OLDER_VERSION current ones."""
+    return f"{_kept_twice('arrived')}PRAGMA user_version = {VERSION};"
 
 
 def _kept_twice(table: str) -> str:
@@ -423,6 +438,37 @@ class Tables:
             self._counts = _Counts(*last, *first) if last else _Counts(0, 0, 0)
         return self._counts
 
+    # --- what other agents forward
+
+    def arrived(self, origin: str) -> list[tuple[int, int]]:
+        """The ranges of an origin that came, ascending."""
+        return self._execute(
+            "SELECT first, last FROM arrived WHERE origin = ? ORDER BY first", (origin,)
+        ).fetchall()
+
+    def add_arrived(self, origin: str, first: int, last: int) -> None:
+        """What it touches becomes one with it. Of more than MAX_RANGES the two oldest do, with what is
+        between: an agent sends in order, and what is missing so far back will not come."""
+        ranges = self.arrived(origin)
+        merged = [one for one in ranges if one[0] <= last + 1 and one[1] >= first - 1]
+        ends = [(first, last), *merged]
+        kept = [one for one in ranges if one not in merged]
+        new = [(min(low for low, _ in ends), max(high for _, high in ends))]
+        if len(kept) + 1 > MAX_RANGES:
+            oldest = sorted([*kept, *new])[:2]
+            new = [(oldest[0][0], oldest[1][1]), *(one for one in new if one not in oldest)]
+            merged += [one for one in oldest if one in kept]
+        for low, _ in merged:
+            self._execute("DELETE FROM arrived WHERE origin = ? AND first = ?", (origin, low))
+        for range_ in new:
+            row = (origin, *range_)
+            self._execute(
+                "INSERT INTO arrived VALUES (?, ?, ?, ?)", (*row, checksum("arrived", *row))
+            )
+
+    def forget_arrived(self, origin: str) -> None:
+        self._execute("DELETE FROM arrived WHERE origin = ?", (origin,))
+
     # --- sinks
 
     def sinks(self) -> dict[str, SinkState]:
@@ -443,6 +489,10 @@ class Tables:
             "INSERT OR REPLACE INTO sinks VALUES (?, ?, ?, ?, ?, ?)",
             (*row, checksum("sinks", *row)),
         )
+        self._next = None
+
+    def remove_sink(self, name: str) -> None:
+        self._execute("DELETE FROM sinks WHERE name = ?", (name,))
         self._next = None
 
     def plan(self, name: str, last: int) -> None:

@@ -185,7 +185,8 @@ class Batch:
     """What one range of the spool says, in order of arrival within each kind. Every producer_id occurs in
     `producers` of this batch or of one written before. metric_records: for each producer the number of metric
     records (log calls) whose values stand in `points`. includes: the ranges of other agents' spools of which
-    it was made; `Reader.ranges` knows them once the batch is written."""
+    it was made; `Reader.ranges` knows them once the batch is written. parts: what other agents forwarded
+    and nobody has read yet (wire.py), each with the producer that stands for its agent; no store gets any."""
 
     id: BatchId
     producers: Sequence[ProducerInfo] = ()
@@ -198,6 +199,7 @@ class Batch:
     gaps: Sequence[Gap] = ()
     metric_records: dict[bytes, int] = field(default_factory=dict)
     includes: Sequence[BatchId] = ()
+    parts: Sequence[tuple[ProducerInfo, bytes]] = ()
 
 
 # --- what is read ----------------------------------------------------------------------------------

@@ -24,6 +24,22 @@ class ForwardResponse(_message.Message):
     agent_version: str
     def __init__(self, agent_version: _Optional[str] = ...) -> None: ...
 
+class KnownRequest(_message.Message):
+    __slots__ = ("protocol_version", "grants", "origin")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GRANTS_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    grants: _containers.RepeatedCompositeFieldContainer[Grant]
+    origin: str
+    def __init__(self, protocol_version: _Optional[int] = ..., grants: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ..., origin: _Optional[str] = ...) -> None: ...
+
+class KnownResponse(_message.Message):
+    __slots__ = ("last",)
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    def __init__(self, last: _Optional[int] = ...) -> None: ...
+
 class Grant(_message.Message):
     __slots__ = ("run_id", "token")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]

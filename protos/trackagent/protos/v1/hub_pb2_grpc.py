@@ -40,6 +40,11 @@ class HubStub(object):
                 request_serializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.ForwardResponse.FromString,
                 _registered_method=True)
+        self.Known = channel.unary_unary(
+                '/trackagent.v1.Hub/Known',
+                request_serializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.KnownRequest.SerializeToString,
+                response_deserializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.KnownResponse.FromString,
+                _registered_method=True)
         self.Meet = channel.unary_unary(
                 '/trackagent.v1.Hub/Meet',
                 request_serializer=trackagent_dot_protos_dot_v1_dot_agent__pb2.MeetRequest.SerializeToString,
@@ -62,6 +67,13 @@ class HubServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Known(self, request, context):
+        """Up to where parts of an origin have come, by whatever way: 0 for none. Codes as for Forward.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Meet(self, request, context):
         """As Agent.Meet, for the ranks of all nodes.
         """
@@ -76,6 +88,11 @@ def add_HubServicer_to_server(servicer, server):
                     servicer.Forward,
                     request_deserializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.ForwardRequest.FromString,
                     response_serializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.ForwardResponse.SerializeToString,
+            ),
+            'Known': grpc.unary_unary_rpc_method_handler(
+                    servicer.Known,
+                    request_deserializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.KnownRequest.FromString,
+                    response_serializer=trackagent_dot_protos_dot_v1_dot_hub__pb2.KnownResponse.SerializeToString,
             ),
             'Meet': grpc.unary_unary_rpc_method_handler(
                     servicer.Meet,
@@ -110,6 +127,33 @@ class Hub(object):
             '/trackagent.v1.Hub/Forward',
             trackagent_dot_protos_dot_v1_dot_hub__pb2.ForwardRequest.SerializeToString,
             trackagent_dot_protos_dot_v1_dot_hub__pb2.ForwardResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Known(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/trackagent.v1.Hub/Known',
+            trackagent_dot_protos_dot_v1_dot_hub__pb2.KnownRequest.SerializeToString,
+            trackagent_dot_protos_dot_v1_dot_hub__pb2.KnownResponse.FromString,
             options,
             channel_credentials,
             insecure,
