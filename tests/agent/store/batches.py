@@ -67,6 +67,22 @@ def points(
     return Points(by.producer_id, keys, of_steps, of_times, matrix)
 
 
+def as_before_reductions(connection: sqlite3.Connection) -> None:
+    """Makes a store that holds none what it was before version 7, but for its number and the copy of
+    producers."""
+    connection.execute("DROP INDEX IF EXISTS copy_of_producers")
+    connection.execute("DROP INDEX idx_streams_producer_keyset_reduced")
+    for table, column in (
+        ("producers", "reduced"),
+        ("producers", "in_groups"),
+        ("streams", "reduced"),
+    ):
+        connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+    connection.execute(
+        "CREATE UNIQUE INDEX idx_streams_producer_keyset ON streams (producer, keyset)"
+    )
+
+
 def param(by: ProducerInfo, key: str, value: str, time_ns: int = 1) -> Setting:
     return Setting(by.producer_id, key, value, time_ns)
 

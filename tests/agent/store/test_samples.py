@@ -13,6 +13,7 @@ import pytest
 from tests.agent.store.batches import (
     OTHER_RUN,
     RUN,
+    as_before_reductions,
     batch,
     end,
     param,
@@ -49,7 +50,7 @@ def old(path: Path) -> Path:
         writer.write(batch(1, done, live, points=said, **more))
         writer.write(batch(2, ends=[end(done, logged=2000)]))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("DROP INDEX copy_of_producers")
+        as_before_reductions(connection)
         for table, column in (
             ("producers", "sampled"),
             ("runs", "listed"),

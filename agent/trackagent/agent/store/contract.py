@@ -21,6 +21,10 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
+# Sources of reductions.
+ALL_RANKS = "all ranks"
+_RANKS_OF = "ranks of "
+
 
 class StoreError(Exception):
     """A store could not do what was asked; the message says what to do next."""
@@ -87,8 +91,15 @@ class ProducerInfo:
         if self.sampled:
             return self.sampled
         if self.reduced:
-            return "all ranks" if self.reduced == "all" else f"ranks of {self.reduced}"
+            return ALL_RANKS if self.reduced == "all" else f"{_RANKS_OF}{self.reduced}"
         return f"rank {self.rank} pid {self.pid}" if self.forked else f"rank {self.rank}"
+
+
+def scope_of(source: str) -> str:
+    """Over what an agent reduces whose source this is; "" for any other source."""
+    if source == ALL_RANKS:
+        return "all"
+    return source[len(_RANKS_OF) :] if source.startswith(_RANKS_OF) else ""
 
 
 def node_run_id(node: str) -> str:

@@ -192,7 +192,9 @@ class SqliteReader:
             streams = (views.sampled if samples else views.logged)(connection, run)
         # The streams as they are now bound what is given out, so that it is whole batches.
         for stream in streams:
-            cursor = f"{stream.producer_id.hex()}/{stream.keyset}"
+            cursor = (
+                f"{stream.producer_id.hex()}/{stream.keyset}{'/reduced' if stream.reduced else ''}"
+            )
             at = skip.get(cursor, 0)
             read = self._each_chunk("export points", stream, at, chunks.read_intact)
             for chunk, (keys, rows) in read:
@@ -216,7 +218,11 @@ class SqliteReader:
     def damage(self, run_id: str) -> list[str]:
         with self._connected("check points") as connection:
             run = self._row_of(connection, run_id)
-            streams = [*views.logged(connection, run), *views.sampled(connection, run)]
+            streams = [
+                stream
+                for seen in (views.logged, views.reduced, views.sampled)
+                for stream in seen(connection, run)
+            ]
         return [
             text
             for stream in streams

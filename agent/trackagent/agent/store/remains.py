@@ -32,7 +32,7 @@ from trackagent.agent.store import schema
 Row = dict[str, Any]
 
 # Columns that older rows lack.
-_ADDED_LATER = {"producers": 3, "losses": 1, "runs": 1}
+_ADDED_LATER = {"producers": 5, "losses": 1, "runs": 1, "streams": 1}
 _TABLE_INTERIOR = 0x05
 _CHILD = 5  # in the pointer map
 _DEEPEST = 32

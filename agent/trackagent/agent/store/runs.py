@@ -105,23 +105,24 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
     known = connection.execute("SELECT 1 FROM producers WHERE producer_id = ?", (info.producer_id,))
     if known.fetchone():
         return None
+    logs = not info.sampled and not info.reduced
     experiment = _id_of(connection, "experiments", name=info.experiment)
     run = _id_of(
         connection,
         "runs",
         also={
-            "name": "" if info.sampled else info.run_name,
+            "name": info.run_name if logs else "",
             "experiment": experiment,
-            "start_time_ns": 0 if info.sampled else info.start_time_ns,
-            "listed": not info.sampled,
+            "start_time_ns": info.start_time_ns if logs else 0,
+            "listed": logs,
         },
         run_id=info.run_id,
     )
     source = _id_of(connection, "sources", also={"keys": ""}, run=run, source=info.source)
     connection.execute(
         "INSERT INTO producers (producer_id, run, source, attempt, rank, local_rank, world_size,"
-        " node, pid, start_time_ns, experiment, run_name, forked, job_time_ns, said_attempt, sampled)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " node, pid, start_time_ns, experiment, run_name, forked, job_time_ns, said_attempt, sampled,"
+        " reduced, in_groups) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             info.producer_id,
             run,
@@ -138,7 +139,9 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
             info.forked,
             info.job_time_ns,
             info.attempt,
-            info.sampled,
+            "" if logs else info.source,
+            info.reduced,
+            json.dumps(dict(info.groups), ensure_ascii=False) if info.groups else "",
         ),
     )
     _number_attempts(connection, run)

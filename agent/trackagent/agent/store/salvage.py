@@ -22,7 +22,7 @@ from pathlib import Path
 from trackagent.agent.pages import Cell
 from trackagent.agent.store import chunks, runs, schema, views
 from trackagent.agent.store.columns import HEAD
-from trackagent.agent.store.contract import EventData
+from trackagent.agent.store.contract import EventData, scope_of
 from trackagent.agent.store.recount import recount
 from trackagent.agent.store.remains import Remains, Row
 from trackagent.agent.store.schema import COLUMNS_PER_CHUNK
@@ -172,8 +172,9 @@ def _complete(found: _Rows, rebuilt: set[tuple[str, int]], report: Report) -> No
                 "world_size": rank[0] + 1,
                 "said_attempt": row.get("attempt", 1),
             }
-            if not str(source).startswith("rank "):  # of a node: nobody logs there
+            if not str(source).startswith("rank "):  # of a node, or over ranks: nobody logs there
                 known["sampled"] = source
+                known["reduced"] = scope_of(str(source))
             found[table][number] = {**_UNKNOWN_PRODUCER, **known, **row}
         elif table == "sources":
             row.setdefault("keys", "")
@@ -213,6 +214,8 @@ _UNKNOWN_PRODUCER: Row = {
     "run_name": "",
     "records": 0,
     "sampled": "",
+    "reduced": "",
+    "in_groups": "",
 }
 
 

@@ -10,9 +10,11 @@ runs         one a run, all that RunSummary shows. listed: 0 where nobody has lo
              is sampled on a node
 sources      one a source of a run; keys: all keys it logged, joined by newlines, without what was sampled
 producers    one a producer; end_status NULL while it has not ended. attempt: the run's count, made of
-             (job_time_ns, said_attempt) by runs.py. sampled: '' where it logs
+             (job_time_ns, said_attempt) by runs.py. sampled: '' where it logs, else its source. reduced:
+             over what an agent reduces, else ''. in_groups: the rank's groups as JSON, '' for none
 keysets      one a tuple of keys that were logged together, by digest; keys joined by newlines
-streams      one a (producer, keyset): what these logged, in order of arrival. first_step and last_step are
+streams      one a (producer, keyset, reduced): what these logged, in order of arrival; reduced: 1 where the
+             values stand in reductions too. first_step and last_step are
              least and greatest, last_values the float64 values at (last_step, last_time_ns). fresh: chunks
              since the last look of the compaction; due: 1 look again, 2 the producer has ended, merge all
 chunks       points [start, start + n) of a stream; data: a block with all columns (chunks.py), NULL when
@@ -83,6 +85,8 @@ TWICE = {
         "end_error",
         "logged",
         "sampled",
+        "reduced",
+        "in_groups",
         "producer_id",
         "run",
         "source",
@@ -343,8 +347,17 @@ def _version_6(database: Database) -> None:
     database.table("runs").add_column("listed", int, not_null_default=1)
     for bound in ("first_step", "last_step"):
         database.table("chunks").add_column(bound, int)
+
+
+def _version_7(database: Database) -> None:
+    for column in ("reduced", "in_groups"):
+        database.table("producers").add_column(column, str, not_null_default="")
     database.execute("DROP INDEX IF EXISTS copy_of_producers")
     _copy(database, "producers")
+    database.table("streams").add_column("reduced", int, not_null_default=0)
+    database.execute("DROP INDEX idx_streams_producer_keyset")
+    unique = ["producer", "keyset", "reduced"]
+    database.table("streams").create_index(unique, unique=True)
 
 
 def _copy(database: Database, table: str) -> None:
@@ -358,7 +371,8 @@ MIGRATIONS: tuple[Callable[[Database], None], ...] = (
     _version_4,
     _version_5,
     _version_6,
+    _version_7,
 )
 VERSION = len(MIGRATIONS)
 # What `shape_of` says of a store of this version.
-SHAPE = "9abff0cddf63c0e4"
+SHAPE = "dceed60bf717312f"

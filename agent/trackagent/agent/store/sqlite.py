@@ -266,7 +266,7 @@ class SqliteWriter:
     def _has(self, connection: sqlite3.Connection, batch: Batch) -> bool:
         """Whether something of the batch is stored, and so, since batches are written whole, all that could
         be kept of it: one and the same record is never logged twice at the same time."""
-        for (producer_id, keys), group in _grouped(batch.points).items():
+        for (producer_id, keys, _), group in _grouped(batch.points).items():
             for stream in connection.execute(_STREAM_OF, (producer_id, "\n".join(keys))):
                 steps = np.concatenate([points.steps for points in group])
                 times = np.concatenate([points.times_ns for points in group])
@@ -358,11 +358,12 @@ class SqliteWriter:
 
 def _grouped(
     points: Sequence[Points],
-) -> dict[tuple[bytes, tuple[str, ...]], list[Points]]:
-    """Points by producer and keys, in order of arrival within each: one chunk instead of many."""
-    groups: dict[tuple[bytes, tuple[str, ...]], list[Points]] = {}
+) -> dict[tuple[bytes, tuple[str, ...], bool], list[Points]]:
+    """Points by producer, keys and whether they are reduced, in order of arrival within each: one chunk
+    instead of many."""
+    groups: dict[tuple[bytes, tuple[str, ...], bool], list[Points]] = {}
     for some in points:
-        groups.setdefault((some.producer_id, some.keys), []).append(some)
+        groups.setdefault((some.producer_id, some.keys, some.reduced), []).append(some)
     return groups
 
 

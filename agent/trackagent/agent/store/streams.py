@@ -36,7 +36,7 @@ class Producer:
     source: int
     name: str  # of the source
     forked: int
-    sampled: str
+    sampled: str  # as in the table: '' where it logs
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._keysets: dict[tuple[str, ...], int] = {}
-        self._streams: dict[tuple[int, int], _Stream] = {}
+        self._streams: dict[tuple[int, int, bool], _Stream] = {}
         self._source_keys: dict[int, set[str]] = {}
         self._bytes = 0
 
@@ -68,8 +68,8 @@ class Streams:
     def append(
         self, connection: sqlite3.Connection, producer: Producer, group: list[Points]
     ) -> tuple[int, int]:
-        """Stores the points of one producer and one tuple of keys; returns (points, new series), both 0 for
-        samples.
+        """Stores the points of one producer and one tuple of keys, all of them reduced or none; returns
+        (points, new series), both 0 for samples and reductions.
 
         Raises Rejected for arrays that do not fit together.
         """
@@ -86,7 +86,7 @@ class Streams:
         if not len(steps) or not keys:
             return 0, 0
         keyset = self._keyset(connection, keys)
-        stream, new_series = self._stream(connection, producer, keyset, keys)
+        stream, new_series = self._stream(connection, producer, keyset, group[0])
         made = chunks.write_fresh(connection, stream.id, stream.points, steps, times, values)
         _advance(stream, steps, times, values)
         connection.execute(
@@ -131,29 +131,30 @@ class Streams:
         return keyset
 
     def _stream(
-        self, connection: sqlite3.Connection, producer: Producer, keyset: int, keys: tuple[str, ...]
+        self, connection: sqlite3.Connection, producer: Producer, keyset: int, points: Points
     ) -> tuple[_Stream, int]:
         """The stream, made where there is none, and how many of the keys are new to the source."""
-        known = self._streams.get((producer.id, keyset))
+        place = producer.id, keyset, points.reduced
+        known = self._streams.get(place)
         if known is not None:
             return known, 0
         found = connection.execute(
             "SELECT id, points, first_step, last_step, last_time_ns, last_values FROM streams"
-            " WHERE producer = ? AND keyset = ?",
-            (producer.id, keyset),
+            " WHERE producer = ? AND keyset = ? AND reduced = ?",
+            place,
         ).fetchone()
         new_series = 0
         if found:
             stream = _Stream(*found)
         else:
             cursor = connection.execute(
-                "INSERT INTO streams (producer, keyset) VALUES (?, ?)", (producer.id, keyset)
+                "INSERT INTO streams (producer, keyset, reduced) VALUES (?, ?, ?)", place
             )
             stream = _Stream(_inserted(cursor), 0, 0, 0, 0, b"")
             if not producer.sampled:
-                new_series = self._new_keys(connection, producer.source, keys)
-        _remember(self._streams, (producer.id, keyset), stream)
-        self._bytes += 8 * len(keys)
+                new_series = self._new_keys(connection, producer.source, points.keys)
+        _remember(self._streams, place, stream)
+        self._bytes += 8 * len(points.keys)
         return stream, new_series
 
     def _new_keys(self, connection: sqlite3.Connection, source: int, keys: tuple[str, ...]) -> int:

@@ -21,7 +21,8 @@ _ALL = (-(2**63), 2**63 - 1)
 _NO_RANK = -1  # of what a node sampled
 
 _LOGGED = "p.sampled = ''"
-_SAMPLED = "p.sampled <> '' AND t.last_step >= ? AND t.first_step <= ?"
+_REDUCED = "p.reduced <> ''"
+_SAMPLED = "p.sampled <> '' AND p.reduced = '' AND t.last_step >= ? AND t.first_step <= ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Stream:
     rank: int
     attempt: int
     points: int
+    reduced: bool
     within: tuple[int, int] | None = None
     zero: int = 0
 
@@ -124,6 +126,11 @@ def logged(connection: sqlite3.Connection, run: int, source: str | None = None) 
     return _streams(connection, run, source, _LOGGED)
 
 
+def reduced(connection: sqlite3.Connection, run: int, source: str | None = None) -> list[Stream]:
+    """The streams of a run's reductions, or those over some of its ranks."""
+    return _streams(connection, run, source, _REDUCED)
+
+
 def sampled(connection: sqlite3.Connection, run: int, source: str | None = None) -> list[Stream]:
     """The streams that were sampled for a run, or those of one source; steps are counted from the second in
     which the run began."""
@@ -143,6 +150,7 @@ def sampled(connection: sqlite3.Connection, run: int, source: str | None = None)
                 stream.rank if window.own else _NO_RANK,
                 stream.attempt if window.own else 0,
                 stream.points,
+                stream.reduced,
                 None if window.own else bounds,
                 start_ns // _SECOND_NS,
             )
@@ -174,15 +182,16 @@ def _streams(
         where = f"p.source = (SELECT id FROM sources WHERE run = ? AND source = ?) AND {where}"
         of = run, source
     rows = connection.execute(
-        "SELECT t.id, p.producer_id, k.id, k.keys, s.source, p.rank, p.attempt, t.points FROM producers p"
+        "SELECT t.id, p.producer_id, k.id, k.keys, s.source, p.rank, p.attempt, t.points,"
+        " t.reduced FROM producers p"
         " JOIN sources s ON s.id = p.source JOIN streams t ON t.producer = p.id"
         f" JOIN keysets k ON k.id = t.keyset WHERE {where}"
         " ORDER BY p.attempt, p.rank, p.start_time_ns, t.id",
         (*of, *values),
     )
     return [
-        Stream(id_, producer, keyset, tuple(keys.split("\n")), *rest)
-        for id_, producer, keyset, keys, *rest in rows
+        Stream(id_, producer, keyset, tuple(keys.split("\n")), *rest, reduced=bool(reduced))
+        for id_, producer, keyset, keys, *rest, reduced in rows
     ]
 
 
