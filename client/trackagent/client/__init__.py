@@ -42,6 +42,7 @@ __all__ = [
     "TrackagentError",
     "ValueRefused",
     "current_run",
+    "define",
     "event",
     "finish",
     "init",
@@ -79,6 +80,7 @@ def init(
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     run_id: str | None = None,
+    groups: Mapping[str, str | int] | None = None,
     agent: str | None = None,
     strict: bool = False,
 ) -> Run:
@@ -87,8 +89,9 @@ def init(
     experiment: the experiment's name, 1 to 250 characters. run_name: for people; made up if empty.
     params, tags: as for `log_params` and `set_tags`. run_id: 32 hexadecimal digits, to continue a
     run or to agree on one without a launcher; else TRACKAGENT_RUN_ID, MLFLOW_RUN_ID, or rank 0's
-    word. agent: address of another agent's socket (unix:/path) than this node's. strict:
-    let later calls raise what they refuse.
+    word. groups: the named groups of ranks that this one is in, such as {"tp": 0, "dp": 3}, at most
+    8, over each of which values can be looked at. agent: address of another agent's socket
+    (unix:/path) than this node's. strict: let later calls raise what they refuse.
 
     No agent needs to be running. A run that this process has not finished is finished first. Raises
     ConfigError for a wrong argument or variable, IdentityError when the ranks cannot agree on a
@@ -98,7 +101,7 @@ def init(
     import logging
     import threading
 
-    from trackagent.client import exits, facts, identity, trust, values
+    from trackagent.client import exits, facts, identity, reductions, trust, values
     from trackagent.client.config import ClientConfig
     from trackagent.client.errors import ConfigError, ValueRefused
     from trackagent.client.run import Run
@@ -107,6 +110,7 @@ def init(
         values.check_key(experiment, "experiment name")
         if run_name:
             values.check_key(run_name, "run name")
+        member_of = reductions.to_groups(groups)
     except ValueRefused as error:
         raise ConfigError(str(error)) from None
     config = ClientConfig.load(agent=agent)
@@ -139,6 +143,7 @@ def init(
             who=who,
             experiment=experiment,
             run_name=run_name,
+            groups=member_of,
             strict=strict,
             on_finish=on_finish,
         )
@@ -162,12 +167,22 @@ def current_run() -> Run | None:
     return _run
 
 
-def log(metrics: Mapping[str, Any], step: int | None = None, timestamp: Any = None) -> None:
+def log(
+    metrics: Mapping[str, Any], step: int | None = None, timestamp: Any = None, weight: Any = None
+) -> None:
     """Records metrics at a step: see Run.log."""
     if _run is None:
         _warn_no_run()
     else:
-        _run.log(metrics, step, timestamp)
+        _run.log(metrics, step, timestamp, weight)
+
+
+def define(pattern: str, *, reduce: str = "mean", keep: str | None = None, every: int = 1) -> None:
+    """Says how the values of keys are reduced across ranks: see Run.define."""
+    if _run is None:
+        _warn_no_run()
+    else:
+        _run.define(pattern, reduce=reduce, keep=keep, every=every)
 
 
 def log_params(params: Mapping[str, Any]) -> None:

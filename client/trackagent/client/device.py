@@ -178,6 +178,7 @@ class _Waiting:
     step: int
     time_ns: int
     parts: list[_Part]
+    beside: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +212,17 @@ class InFlight:
         """Whether `landed` can find anything, were it only rows that this run or an earlier one gave up."""
         return bool(self._waiting) or any(ring.abandoned for ring in self._rings.all())
 
-    def queue(self, tensors: Mapping[str, Any], *, step: int, time_ns: int) -> None:
-        """Queues the copies of a record's values. ValueRefused, and nothing of it comes, where a ring is
-        full, a graph is being captured, or a device fails."""
+    def queue(
+        self,
+        tensors: Mapping[str, Any],
+        *,
+        step: int,
+        time_ns: int,
+        beside: Mapping[str, float] | None = None,
+    ) -> None:
+        """Queues the copies of a record's values; it comes with those of `beside`, which are known.
+        ValueRefused, and nothing of it comes, where a ring is full, a graph is being captured, or a device
+        fails."""
         parts: list[_Part] = []
         try:
             self._take_rows(tensors, parts)
@@ -230,7 +239,7 @@ class InFlight:
             if isinstance(error, RuntimeError):
                 raise _cannot_copy(next(iter(tensors.values())).device, error) from None
             raise
-        self._waiting.append(_Waiting(step, time_ns, parts))
+        self._waiting.append(_Waiting(step, time_ns, parts, beside or {}))
         if self._wake is not None and not self._woken and self.is_filled(0.5):
             self._woken = True
             self._wake()
@@ -279,7 +288,7 @@ class InFlight:
             )
             values.update(zip(part.keys, numbers, strict=True))
             part.ring.release(part.row)
-        return Landed(one.step, one.time_ns, values)
+        return Landed(one.step, one.time_ns, {**values, **one.beside})
 
     def give_up(self) -> list[int]:
         """Waits for nothing more: the steps of the records that have not come."""

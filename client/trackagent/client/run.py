@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from trackagent.client import device, record, values
+from trackagent.client import device, record, reductions, values
 from trackagent.client.config import SOCKET_NAME, ClientConfig
 from trackagent.client.errors import (
     ConfigError,
@@ -87,6 +87,7 @@ class Run:
         who: Identity,
         experiment: str,
         run_name: str = "",
+        groups: Mapping[str, str] | None = None,
         strict: bool = False,
         on_finish: Callable[[float], None] = lambda deadline: None,
         rings: device.Rings = device.rings,
@@ -102,6 +103,7 @@ class Run:
         self._delivered = False
         self._config = config
         self._who = who
+        self._groups = dict(groups or {})
         self._strict = strict
         self._on_finish = on_finish
         self._rings = rings
@@ -134,6 +136,7 @@ class Run:
             "run_name": self.name,
             "forked": forked,
             "job_time_ns": max(0, who.job_time_ns),
+            "groups": self._groups,
         }
         if who.hub is not None:
             producer["hub"] = who.hub.text()
@@ -162,7 +165,11 @@ class Run:
     # --- logging
 
     def log(
-        self, metrics: Mapping[str, Any], step: int | None = None, timestamp: Any = None
+        self,
+        metrics: Mapping[str, Any],
+        step: int | None = None,
+        timestamp: Any = None,
+        weight: Any = None,
     ) -> None:
         """Records `metrics` at `step`; safe from `kill -9` when this returns.
 
@@ -170,10 +177,14 @@ class Run:
         Those of tensors on a GPU follow in a record of their own, with the same step and time, once the GPU
         has computed them; on the current stream the tensors may be overwritten or freed at once. step: any
         whole number of 64 bits; None: one after this process's last step.
-        timestamp: seconds since 1970 or a datetime; None: now. What a signal handler of yours raises while
-        this runs leaves it, as it leaves any function; the record may then be there or not. (While a value's
-        own code is asked for the number, it cannot be told from what that raises: the value is refused.)
+        timestamp: seconds since 1970 or a datetime; None: now. weight: how much these values count in means
+        over ranks, such as the tokens that they were computed from; None: 1. What a signal handler of yours
+        raises while this runs leaves it, as it leaves any function; the record may then be there or not.
+        (While a value's own code is asked for the number, it cannot be told from what that raises: the value
+        is refused.)
         """
+        if weight is not None:
+            metrics = _weighed(metrics, weight)
         try:
             lane = self._take()
         except IndexError:
@@ -228,6 +239,24 @@ class Run:
         """Sets tags, which later calls may change; keys and values as for params."""
         texts, refused = self._texts("tag", tags)
         self._write_texts(Kind.TAGS, texts, refused)
+
+    def define(
+        self, pattern: str, *, reduce: str = "mean", keep: str | None = None, every: int = 1
+    ) -> None:
+        """Says how values of the keys that match `pattern` ("train/*") are reduced across ranks, and what is
+        kept of each rank's own. Call it on every rank, before the first log().
+
+        reduce: what is shown first, mean, sum, min or max; sums are not weighted. none: nothing is reduced.
+        keep: each rank's own points, all, those of the ranks with the least and the greatest value of a step
+        (extremes), or none; None: all in small runs, else extremes. every: own points are kept at steps that
+        this number divides. Of several patterns that match a key, the one with the most letters that are no
+        wildcards counts; of a pattern that is defined again, what was said last."""
+        try:
+            name, text = reductions.definition(pattern, reduce, keep, every)
+        except Exception as error:
+            self._refuse([("define", error)])
+        else:
+            self._write_texts(Kind.TAGS, {name: text}, [])
 
     def event(self, message: str, level: str = "info", step: int | None = None) -> None:
         """Records that something happened. level: info, warning or error; message: at most 6000
@@ -427,13 +456,16 @@ class Run:
                 else:
                     if type(value).__module__ == "numpy" and not hasattr(value, "__len__"):
                         _plain_types.add(type(value))
+            # A weight goes with each of the records that it is for.
+            weight = {key: numbers.pop(key) for key in (reductions.WEIGHT_KEY,) if key in numbers}
             if numbers:
+                numbers.update(weight)
                 self._journal.write_metrics(lane, numbers, step=number, time_ns=time_ns)
                 lane.state.records += 1
                 self._last_step = number
             if on_devices:
                 self._last_step = lost_at = number
-                self._in_flight.queue(on_devices, step=number, time_ns=time_ns)
+                self._in_flight.queue(on_devices, step=number, time_ns=time_ns, beside=weight)
                 lost_at = None
                 # The sender's thread may be held up for seconds, as by an agent that hangs.
                 if self._sender is None or self._in_flight.is_filled(0.75):
@@ -651,6 +683,20 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _weighed(metrics: Any, weight: Any) -> Any:
+    """The metrics with their weight; one that is none is refused when its number is asked for."""
+    try:
+        number: Any = reductions.to_weight(weight)
+    except ValueRefused as error:
+        number = reductions.RefusedWeight(error)
+    try:
+        return {**metrics, reductions.WEIGHT_KEY: number}
+    except Exception as error:
+        if _is_a_handlers(error):
+            raise
+        return metrics  # which log() will refuse
 
 
 def _is_a_handlers(error: Exception) -> bool:

@@ -33,13 +33,13 @@ class _Short(reprlib.Repr):
 
 _short = _Short()
 _short.maxother = _short.maxstring = 80
-_shown = _short.repr
+shown = _short.repr
 
 
 def check_key(key: object, what: str = "metric key") -> str:
     """`key` if it can be one: text of 1 to 250 characters without control characters."""
     if not isinstance(key, str):
-        raise ValueRefused(f"bad {what}", f"the {what} {_shown(key)} is no text: use a str")
+        raise ValueRefused(f"bad {what}", f"the {what} {shown(key)} is no text: use a str")
     if not key:
         raise ValueRefused(f"bad {what}", f"an empty {what}: give it a name")
     if len(key) > MAX_KEY_CHARACTERS:
@@ -84,7 +84,7 @@ def to_float(key: str, value: Any) -> float:
         raise
     except Exception:  # noqa: BLE001 - whatever the value's own code raises
         shape = getattr(value, "shape", None)
-        what = f"of shape {tuple(shape)}" if shape else _shown(value)
+        what = f"of shape {tuple(shape)}" if shape else shown(value)
         raise _no_number(key, value, what) from None
 
 
@@ -107,7 +107,7 @@ def to_copy(key: str, value: Any) -> Any:
     except ValueRefused:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the value's own code raises
-        raise _no_number(key, value, f"which fails with {_shown(error)}") from None
+        raise _no_number(key, value, f"which fails with {shown(error)}") from None
     return tensor
 
 
@@ -176,7 +176,7 @@ def to_step(step: Any) -> int:
             whole = isinstance(step, float) and step.is_integer()
             number = int(step) if whole else operator.index(step)
         except Exception:  # noqa: BLE001 - whatever the step's own code raises
-            raise ValueRefused("bad step", f"the step {_shown(step)} is no whole number") from None
+            raise ValueRefused("bad step", f"the step {shown(step)} is no whole number") from None
     if not -_INT64 <= number < _INT64:
         raise ValueRefused("bad step", f"the step {number} does not fit 64 bits")
     return number
@@ -206,7 +206,7 @@ def to_time_ns(timestamp: Any) -> int:
     if not -_INT64 < nanoseconds < _INT64:
         raise ValueRefused(
             "bad timestamp",
-            f"the timestamp {_shown(timestamp)} is no time: use seconds since 1970, or a datetime",
+            f"the timestamp {shown(timestamp)} is no time: use seconds since 1970, or a datetime",
         )
     return nanoseconds
 
