@@ -38,7 +38,7 @@ class Stream:
     rank: int
     attempt: int
     points: int
-    reduced: bool
+    reduced: int
     within: tuple[int, int] | None = None
     zero: int = 0
 
@@ -190,8 +190,8 @@ def _streams(
         (*of, *values),
     )
     return [
-        Stream(id_, producer, keyset, tuple(keys.split("\n")), *rest, reduced=bool(reduced))
-        for id_, producer, keyset, keys, *rest, reduced in rows
+        Stream(id_, producer, keyset, tuple(keys.split("\n")), *rest)
+        for id_, producer, keyset, keys, *rest in rows
     ]
 
 
