@@ -22,7 +22,7 @@ def start(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     monkeypatch.setenv("TRACKAGENT_SEGMENT_BYTES", "65536")
     # Tags about git come at any moment, beside what a test counts.
     monkeypatch.setattr(facts, "slow", dict)
-    client._warn_no_run.cache_clear()
+    client._warned_no_run = False
 
     def begin(experiment: str = "test", **options: Any) -> Run:
         return client.init(experiment, **options)

@@ -281,3 +281,56 @@ def test_records_are_kept_when_a_handler_raises_at_any_instruction_of_log(
     run = agent.run(run_id)
     assert run is not None
     assert (run.status, run.lost_records) == ("finished", 0)
+
+
+# While init() imports what it needs: at each line of logging, and where each other module begins, a child
+# that goes on from there is interrupted by a signal whose handler logs.
+EARLY = """
+import os, signal, sys
+from trackagent import client
+
+assert "logging" not in sys.modules
+points, problems = 0, set()
+
+def handler(signal_number, frame):
+    try:
+        client.log({"loss": 1.0})
+        client.event("interrupted")
+        with client.timer("handler"):
+            pass
+        os._exit(0 if client.finish() else 1)
+    except BaseException as error:
+        os.write(2, f"{frame.f_code.co_filename}, line {frame.f_lineno}: {error!r}\\n".encode())
+        os._exit(1)
+
+def interrupted(frame, event, argument):
+    global points
+    name = frame.f_globals["__name__"]
+    if frame.f_code.co_name != "<module>" or (event == "line" and name != "logging"):
+        return None
+    if len(sys._current_frames()) > 1:  # beside other threads there is no forking
+        return None
+    points += 1
+    child = os.fork()
+    if not child:
+        sys.settrace(None)
+        signal.raise_signal(signal.SIGUSR1)
+    if os.waitpid(child, 0)[1]:
+        problems.add(name)
+    return interrupted
+
+signal.signal(signal.SIGUSR1, handler)
+sys.settrace(interrupted)
+client.init(experiment="early")
+sys.settrace(None)
+print(points > 100, sorted(problems))
+"""
+
+
+def test_log_in_a_handler_before_init_has_returned_is_log_without_a_run(
+    agent: AgentProcess,
+) -> None:
+    ran = run_script(agent.folders, EARLY)
+    assert ran.stdout == "True []\n"
+    said = "nothing is recorded: call trackagent.client.init(experiment=...) first"
+    assert set(ran.stderr.splitlines()) == {said}

@@ -68,6 +68,7 @@ _MODULES = {
 
 _run: Run | None = None
 _ever_begun = False
+_warned_no_run = False
 # How long finish() waits for git, which runs since init(), and for ranks that do not know their run yet.
 _FACTS_TIMEOUT_S = 2.0
 _LATE_RANKS_TIMEOUT_S = 5.0
@@ -138,7 +139,8 @@ def init(
             git.join(min(_FACTS_TIMEOUT_S, max(0.0, deadline - time.monotonic()) / 2))
 
     try:
-        _run = run = Run(
+        # Two steps: once it is the current one, a signal handler may end it, and on_finish needs it.
+        run = Run(
             config=config,
             who=who,
             experiment=experiment,
@@ -150,6 +152,7 @@ def init(
     except BaseException:
         decision.stop_serving(0.0)
         raise
+    _run = run
     _ever_begun = True
     exits.install(_finish_at_exit)
     if who.rank == 0:
@@ -282,17 +285,24 @@ def _record_git(run: Run) -> None:
         run.set_tags(tags)
 
 
-@functools.cache
 def _warn_no_run() -> None:
-    try:
-        import logging
-    except ImportError:  # the interpreter is going down
+    """Once. A signal handler may have interrupted the import of this very module, or of one that it needs,
+    and at its end the interpreter imports nothing: then another call warns."""
+    global _warned_no_run
+    if _warned_no_run:
         return
     if _ever_begun:
         problem = "nothing is recorded: the run has finished"
     else:
         problem = "nothing is recorded: call trackagent.client.init(experiment=...) first"
-    logging.getLogger("trackagent").warning("%s", problem)
+    try:
+        import logging
+
+        logger = logging.getLogger("trackagent")
+    except Exception:  # noqa: BLE001 - a module that is half imported may lack anything
+        return
+    _warned_no_run = True
+    logger.warning("%s", problem)
 
 
 def _finish_at_exit(how: tuple[str, str], warning: str) -> None:
