@@ -18,15 +18,9 @@ import pytest
 from tests.fakes import DEADLINE_S, in_a_forked_process, wait_until
 from trackagent.client.broadcast import GRACE_S, Word
 from trackagent.client.errors import IdentityError
+from trackagent.client.history import History, run_is_inherited
 from trackagent.client.hub import Hub
-from trackagent.client.identity import (
-    SPARE_CONNECT_S,
-    Decision,
-    History,
-    Identity,
-    decide,
-    run_is_inherited,
-)
+from trackagent.client.identity import SPARE_CONNECT_S, Decision, Identity, decide
 
 A = "a" * 32
 B = "b" * 32
@@ -518,6 +512,6 @@ def test_deciding_imports_nothing_heavy() -> None:
 
 
 def test_torch_is_not_imported_for_a_process_without_it() -> None:
-    program = "from trackagent.client.broadcast import find_link; import os; find_link(os.environ)"
+    program = "from trackagent.client.torchlink import find_link; import os; find_link(os.environ)"
     environ = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     assert imported(program, "torch", **environ) == "[]"

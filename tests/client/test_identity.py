@@ -9,16 +9,10 @@ import pytest
 
 from tests.fakes import in_a_forked_process
 from trackagent.client.errors import ConfigError
+from trackagent.client.history import History, run_has_ended
 from trackagent.client.hub import Hub
-from trackagent.client.identity import (
-    Decision,
-    History,
-    Identity,
-    Ranks,
-    decide,
-    launcher_ranks,
-    run_has_ended,
-)
+from trackagent.client.identity import Decision, Identity, decide
+from trackagent.client.ranks import Ranks, launcher_ranks
 
 A = "a" * 32
 B = "b" * 32

@@ -102,7 +102,7 @@ def init(
     import logging
     import threading
 
-    from trackagent.client import exits, facts, identity, reductions, trust, values
+    from trackagent.client import exits, facts, history, identity, reductions, trust, values
     from trackagent.client.config import ClientConfig
     from trackagent.client.errors import ConfigError, ValueRefused
     from trackagent.client.run import Run
@@ -132,7 +132,7 @@ def init(
         global _run
         if _run is run:
             _run = None
-        identity.run_has_ended(who.run_id)
+        history.run_has_ended(who.run_id)
         # At most half of the time: the rest is for what was logged.
         decision.stop_serving(min(_LATE_RANKS_TIMEOUT_S, (deadline - time.monotonic()) / 2))
         if git.is_alive() and threading.current_thread() is not git:

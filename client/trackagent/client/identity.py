@@ -9,13 +9,11 @@ there is no store to compare them in.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from uuid import uuid4
 
 from trackagent.client.broadcast import (
@@ -31,36 +29,17 @@ from trackagent.client.broadcast import (
     claim,
     connect,
     count,
-    find_link,
     normal_run_id,
-    whole_number,
 )
-from trackagent.client.errors import ConfigError, IdentityError
+from trackagent.client.errors import IdentityError
+from trackagent.client.history import THIS_PROCESS, History
 from trackagent.client.hub import Hub
+from trackagent.client.ranks import Ranks, ranks_here, whole_number
+from trackagent.client.torchlink import find_link
 
 MAX_NODE_CHARACTERS = 253  # a DNS name's limit, and Kubernetes'
 SPARE_CONNECT_S = 5.0  # where the store is of use but not needed
 
-# What a rank tells the processes that it starts, in their environment; JSON.
-RANK_PROCESS = "TRACKAGENT_RANK_PROCESS"
-# By these a process that a rank has started tells itself from a rank of its own, or of another job.
-_LAUNCHERS_SAY = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID",
-    "TORCHELASTIC_RESTART_COUNT",
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "PMIX_NAMESPACE",
-    "SLURM_JOB_ID",
-    "SLURM_STEP_ID",
-    "SLURM_PROCID",
-)
-# Frameworks set them in the rank itself, after init(): they count where they were there before.
-_SET_LATER = {"MASTER_ADDR", "MASTER_PORT"}
 RUN_ID_VARIABLES = ("TRACKAGENT_RUN_ID", "MLFLOW_RUN_ID")
 REMEDY = (
     "start the ranks with torchrun, or call client.init() after "
@@ -113,92 +92,13 @@ class Decision:
             self._server.stop(wait_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranks:
-    """What a launcher says about this process."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-
-@dataclass(slots=True)
-class History:
-    """What one process, and those that it was forked or started from, have decided so far. job_times_ns: by
-    run, its job's. ranks: what the last of them that was a rank was told; pid: that one's."""
-
-    calls: int = 0
-    attempts: dict[str, int] = field(default_factory=dict)
-    inherited: set[str] = field(default_factory=set)
-    job_times_ns: dict[str, int] = field(default_factory=dict)
-    ranks: Ranks | None = None
-    pid: int = 0
-
-    def belongs_to(self, ranks: Ranks) -> bool:
-        """Whether this process was forked or started by the rank that it takes itself for."""
-        return ranks == self.ranks and os.getpid() != self.pid
-
-    def inherit(self, ranks: Ranks, environ: Mapping[str, str]) -> None:
-        """In a process that was started by the rank that it takes itself for: what that one has decided."""
-        with contextlib.suppress(KeyError, ValueError, TypeError):
-            said = json.loads(environ[RANK_PROCESS])
-            launcher = _launcher(environ)
-            for name in _SET_LATER - said["launcher"].keys():
-                launcher.pop(name, None)
-            same = said["launcher"] == launcher and Ranks(**said["ranks"]) == ranks
-            if same and said["pid"] != os.getpid():
-                self.ranks, self.pid = ranks, int(said["pid"])
-                self.attempts[said["run_id"]] = int(said["attempts"])
-                self.job_times_ns[said["run_id"]] = int(said["job_time_ns"])
-
-    def bequeath(self, run_id: str, environ: MutableMapping[str, str]) -> None:
-        """Tells the processes that this one starts whose they are: they have its environment, and would take
-        themselves for the rank. Given the run's id, they are of its attempt."""
-        if self.ranks is not None and self.pid == os.getpid():
-            said = {
-                "pid": self.pid,
-                "ranks": asdict(self.ranks),
-                "launcher": _launcher(environ),
-                "run_id": run_id,
-                "attempts": self.attempts[run_id] - 1,  # before theirs
-                "job_time_ns": self.job_times_ns[run_id],
-            }
-            environ[RANK_PROCESS] = json.dumps(said)
-
-
-_HISTORY = History()
-
-
-def _launcher(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: environ[name] for name in _LAUNCHERS_SAY if environ.get(name)}
-
-
-def run_is_inherited(run_id: str, history: History = _HISTORY) -> None:
-    """In a process that was forked by a rank of this run: where it begins this run itself, as another rank or
-    beside that one, it takes part in the same attempt."""
-    if run_id in history.attempts and run_id not in history.inherited:
-        history.inherited.add(run_id)
-        history.attempts[run_id] -= 1
-
-
-def run_has_ended(
-    run_id: str, environ: MutableMapping[str, str] = os.environ, history: History = _HISTORY
-) -> None:
-    """What this process starts from now on, and begins the run again, is its next attempt, as this one itself
-    would be."""
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        said = json.loads(environ[RANK_PROCESS])
-        if said["run_id"] == run_id and said["pid"] == os.getpid():
-            environ[RANK_PROCESS] = json.dumps(said | {"attempts": history.attempts[run_id]})
-
-
 def decide(
     *,
     run_id: str | None,
     timeout_s: float,
     hub: Hub | None = None,
     environ: MutableMapping[str, str] = os.environ,
-    history: History = _HISTORY,
+    history: History = THIS_PROCESS,
     find: Finder | None = None,
     hostname: Callable[[], str] = socket.gethostname,
     new_id: Callable[[], str] = lambda: uuid4().hex,
@@ -219,7 +119,7 @@ def decide(
         "TRACKAGENT_ATTEMPT", environ.get("TRACKAGENT_ATTEMPT") or "1", least=1
     )
     link, group, obstacle = (find or find_link)(environ)
-    ranks = _ranks_here(group, environ)
+    ranks = ranks_here(group, environ)
     told = ranks
     if history.ranks is None and group is None:
         history.inherit(ranks, environ)
@@ -293,61 +193,6 @@ def given_run_id(run_id: str | None, environ: Mapping[str, str]) -> tuple[str | 
         if text := environ.get(variable):
             return normal_run_id(text, variable), variable
     return None, ""
-
-
-def launcher_ranks(environ: Mapping[str, str]) -> Ranks | None:
-    """What torchrun (or anything that sets RANK and WORLD_SIZE), mpirun or srun says, in this
-    order; None without any. mpirun comes before srun: it starts its daemons with srun, and their
-    SLURM_PROCID reaches the ranks."""
-    # Batch scripts often export WORLD_SIZE alone and take the rank from srun: only both are an
-    # answer.
-    if environ.get("RANK") and environ.get("WORLD_SIZE"):
-        local = next(
-            (
-                name
-                for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-                if environ.get(name)
-            ),
-            None,
-        )
-        return _ranks(environ, "RANK", local, "WORLD_SIZE")
-    if environ.get("OMPI_COMM_WORLD_RANK") and environ.get("OMPI_COMM_WORLD_SIZE"):
-        return _ranks(
-            environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"
-        )
-    # The batch script itself has SLURM_PROCID 0 and SLURM_NTASKS n, but no step: it is one process.
-    if environ.get("SLURM_STEP_ID") and environ.get("SLURM_PROCID"):
-        size = "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
-        if environ.get(size):
-            return _ranks(environ, "SLURM_PROCID", "SLURM_LOCALID", size)
-    for present, absent, harmless in (("WORLD_SIZE", "RANK", "1"), ("RANK", "WORLD_SIZE", "0")):
-        if (text := environ.get(present, "")) not in ("", harmless):
-            raise ConfigError(f"{present} is {text!r} but {absent} is not set: set both or neither")
-    return None
-
-
-def _ranks_here(group: tuple[int, int] | None, environ: Mapping[str, str]) -> Ranks:
-    """This process's ranks; a process group that exists (rank, world size) knows better than
-    variables: one Slurm task may have spawned eight ranks."""
-    told = launcher_ranks(environ) or Ranks(rank=0, local_rank=0, world_size=1)
-    if group is None:
-        return told
-    rank, world_size = group
-    local_rank = whole_number("LOCAL_RANK", environ.get("LOCAL_RANK") or str(told.local_rank))
-    return Ranks(rank=rank, local_rank=local_rank, world_size=world_size)
-
-
-def _ranks(environ: Mapping[str, str], rank: str, local_rank: str | None, world_size: str) -> Ranks:
-    ranks = Ranks(
-        rank=whole_number(rank, environ[rank]),
-        local_rank=whole_number(local_rank, environ.get(local_rank) or "0") if local_rank else 0,
-        world_size=whole_number(world_size, environ[world_size], least=1),
-    )
-    if ranks.rank >= ranks.world_size:
-        raise ConfigError(
-            f"{rank} is {ranks.rank} but {world_size} is {ranks.world_size}: ranks count from 0"
-        )
-    return ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

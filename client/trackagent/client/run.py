@@ -673,13 +673,13 @@ _grpc_is_lost = False
 
 
 def _after_fork_in_child() -> None:
-    from trackagent.client import identity  # which init() has imported
+    from trackagent.client.history import run_is_inherited  # which init() has imported
 
     global _grpc_is_lost
     _grpc_is_lost = _grpc_is_lost or "grpc" in sys.modules
     for run in list(_open_runs):
         run._after_fork_in_child()
-        identity.run_is_inherited(run.id)
+        run_is_inherited(run.id)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
