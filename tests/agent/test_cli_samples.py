@@ -206,3 +206,17 @@ def test_exported_samples_of_an_attempt_are_those_of_its_ranks(state: Path) -> N
     text = output(state, "export", RUN, "--samples", "--attempt", "1", "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(text)))
     assert {(row["source"], row["rank"]) for row in rows} == {("rank 0", "0"), ("rank 1", "1")}
+
+
+def test_tail_prints_what_was_sampled_where_it_is_asked_for(state: Path) -> None:
+    pattern = ("--key", "gpu/0/power_watts")
+    lines = output(state, "tail", RUN, "--once", "--json", "--samples", *pattern).splitlines()
+    told = [json.loads(line) for line in lines]
+    values = {"gpu/0/power_watts": 300.0}
+    assert [(one["source"], one["step"], one["values"]) for one in told] == [
+        ("gpu node-a:0", step, values) for step in range(RAN_S - 9, RAN_S + 1)
+    ]
+
+
+def test_tail_prints_no_samples_where_they_are_not_asked_for(state: Path) -> None:
+    assert output(state, "tail", RUN, "--once", "--key", "gpu/*") == ""

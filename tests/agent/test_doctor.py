@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes_amdsmi import DRIVER_NOT_LOADED, FakeAmdSmi, instinct, radeon
 from trackagent.agent import doctor
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
@@ -315,7 +316,42 @@ def test_a_driver_that_fails_is_a_warning() -> None:
     def names() -> list[str]:
         raise RuntimeError("Driver/library version mismatch")
 
-    assert doctor.check_gpus(names).status == "warn"
+    check = doctor.check_gpus(lambda: ["H100"], names)
+    assert outcome(check) == ("warn", "1 × H100; Driver/library version mismatch")
+
+
+@pytest.fixture
+def amdgpu(tmp_path: Path) -> Path:
+    """/sys of a node with AMD's driver."""
+    (tmp_path / "module" / "amdgpu").mkdir(parents=True)
+    return tmp_path
+
+
+def test_amds_gpus_are_named(amdgpu: Path) -> None:
+    library = FakeAmdSmi([instinct(), radeon()])
+    names = ["AMD Instinct MI300X", "Radeon Pro W7900"]
+    assert doctor.amd_names(amdgpu, lambda _: library) == names
+    assert library.initialized == 0  # given back to the driver
+
+
+def test_amds_gpus_without_their_library_are_a_warning_that_names_it(amdgpu: Path) -> None:
+    def load(name: str) -> object:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    check = doctor.check_gpus(lambda: doctor.amd_names(amdgpu, load))
+    assert check.status == "warn"
+    assert "no amdsmi in this Python" in check.found
+
+
+def test_amds_driver_that_does_not_answer_is_a_warning(amdgpu: Path) -> None:
+    library = FakeAmdSmi([instinct()], init=DRIVER_NOT_LOADED)
+    check = doctor.check_gpus(lambda: doctor.amd_names(amdgpu, lambda _: library))
+    assert check.status == "warn"
+    assert check.found.startswith("no readings of AMD GPUs: ")
+
+
+def test_without_amds_driver_nothing_is_loaded(tmp_path: Path) -> None:
+    assert doctor.amd_names(tmp_path, pytest.fail) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ the agent), so that a test can show it another machine.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import re
@@ -19,8 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from trackagent.agent.collect.amd import Amd
+from trackagent.agent.collect.contract import Unavailable
 from trackagent.agent.config import AgentConfig, loopback_address
 from trackagent.agent.errors import AgentError
 from trackagent.client import trust
@@ -110,7 +113,7 @@ def examine(
         check_journals(config, agent_runs=agent.found.startswith("pid ")),
         check_clock(time.time(), clock_synchronised()),
         check_versions(installed_version, load_generated),
-        check_gpus(gpu_names),
+        check_gpus(nvidia_names, amd_names),
         check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)),
     ]
 
@@ -403,18 +406,25 @@ def load_generated() -> object:
     return agent_pb2_grpc
 
 
-def check_gpus(names: Callable[[], list[str]]) -> Check:
-    try:
-        found = names()
-    except (OSError, RuntimeError) as error:
-        advice = "see nvidia-smi; without it no GPU samples are taken"
-        return Check("GPUs", "warn", f"NVML does not answer: {error}", advice)
-    kinds = [f"{found.count(kind)} × {kind}" for kind in dict.fromkeys(found)]
-    return Check("GPUs", "ok", ", ".join(kinds) or "none found")
+def check_gpus(*kinds: Callable[[], list[str]]) -> Check:
+    """kinds: each names the GPUs of one kind; RuntimeError says why there are no samples of them."""
+    found: list[str] = []
+    problems: list[str] = []
+    for names in kinds:
+        try:
+            found += names()
+        except (OSError, RuntimeError) as error:
+            problems.append(str(error))
+    counts = [f"{found.count(name)} × {name}" for name in dict.fromkeys(found)]
+    said = "; ".join([*([", ".join(counts)] if counts else []), *problems])
+    if problems:
+        advice = "see nvidia-smi or amd-smi; without it no samples of these GPUs are taken"
+        return Check("GPUs", "warn", said, advice)
+    return Check("GPUs", "ok", said or "none found")
 
 
-def gpu_names() -> list[str]:
-    """The GPUs that NVML shows; none without a driver. RuntimeError when the driver is there and fails."""
+def nvidia_names() -> list[str]:
+    """The GPUs that NVML shows; none without a driver."""
     try:
         import pynvml
     except ImportError:
@@ -425,16 +435,37 @@ def gpu_names() -> list[str]:
         absent = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
         if error.value in absent:
             return []
-        raise RuntimeError(str(error)) from None
+        raise RuntimeError(f"NVML does not answer: {error}") from None
     try:
         count = pynvml.nvmlDeviceGetCount()
         return [
             pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)
         ]
     except pynvml.NVMLError as error:
-        raise RuntimeError(str(error)) from None
+        raise RuntimeError(f"NVML does not answer: {error}") from None
     finally:
         pynvml.nvmlShutdown()
+
+
+def amd_names(
+    sys: Path = Path("/sys"), load: Callable[[str], Any] = importlib.import_module
+) -> list[str]:
+    """The GPUs that AMD SMI shows; none without a driver."""
+    if not (sys / "module" / "amdgpu").is_dir():
+        return []
+    try:
+        library = load("amdsmi")
+    except Exception as error:  # noqa: BLE001 - without its library it ends with whatever it comes upon
+        raise RuntimeError(
+            f"an AMD driver, but no amdsmi in this Python ({error!r}): install the one that comes with ROCm"
+        ) from None
+    try:
+        amd = Amd(library=library)
+    except Unavailable as error:
+        raise RuntimeError(str(error)) from None
+    names = [card.name for card in amd.devices()]
+    amd.close()
+    return names
 
 
 def check_open_files(limits: tuple[int, int]) -> Check:

@@ -529,6 +529,20 @@ def test_what_keeps_a_damaged_store_from_being_read_stands_beside_it(
     assert "nothing could be read: LookupError('a defect of ours')" in reason
 
 
+def test_which_steps_chunks_hold_is_known_of_a_salvaged_store(path: Path) -> None:
+    def bounds() -> list[Any]:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            rows = "SELECT stream, start, first_step, last_step FROM chunks ORDER BY stream, start"
+            return connection.execute(rows).fetchall()
+
+    put(path, checkpointed())
+    before = bounds()
+    page = pages_of(checkpointed())["params"][0]
+    path.write_bytes(mutated(checkpointed(), PAGES["noise"]((page - 1) * PAGE)))
+    open_writer(path).close()
+    assert (bounds(), len(aside(path))) == (before, 1)
+
+
 # --- dying on the way
 
 

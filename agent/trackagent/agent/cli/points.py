@@ -203,6 +203,7 @@ def _sliced(
 @json_option
 @click.argument("run", default="latest")
 @click.option("--key", "pattern", default="*", metavar="PATTERN", help="Only keys that match.")
+@click.option("--samples", is_flag=True, help="Print what was sampled instead of what was logged.")
 @click.option("--once", is_flag=True, help="Print what is stored now and end.")
 @click.option(
     "--lines",
@@ -215,17 +216,27 @@ def _sliced(
     help="How many of the stored lines to begin with.",
 )
 def tail_command(
-    config: AgentConfig, as_json: bool, run: str, pattern: str, once: bool, last: int
+    config: AgentConfig,
+    as_json: bool,
+    run: str,
+    pattern: str,
+    samples: bool,
+    once: bool,
+    last: int,
 ) -> int:
     """Print the points and events of a run as they come.
 
     Ends when the run has ended. RUN is a run id, the beginning of one (at least 4 digits), a name,
     or `latest` (the default).
 
+    With --samples the points are those of its nodes, their GPUs and the ranks'
+    processes; steps are seconds since the run began.
+
     \b
     Examples:
       trackagent tail
       trackagent tail latest --key 'train/*' -n 100
+      trackagent tail --samples --key 'gpu/*'
       trackagent tail 4f2a --once --json
 
     \b
@@ -237,7 +248,7 @@ def tail_command(
     show = _entry_json if as_json else _entry_text
     with opened_store(config) as store:
         run_id = store.run(run).run_id
-        news = _News(store, run_id, pattern)
+        news = _News(store, run_id, pattern, samples=samples)
         # The status is read first: a run that has ended by then has nothing more to say after this read.
         ended = store.run(run_id).status != "running"
         for entry in collections.deque(news.read(), maxlen=min(last, sys.maxsize)):
@@ -256,12 +267,14 @@ def tail_command(
 
 
 class _News:
-    """What a run has got since the last read, in the order of storing: events, then gaps, then points."""
+    """What a run has got since the last read, in the order of storing: events, gaps, points. samples:
+    points that were sampled instead of those that were logged, and no gaps of the latter."""
 
-    def __init__(self, store: Reader, run_id: str, pattern: str) -> None:
+    def __init__(self, store: Reader, run_id: str, pattern: str, *, samples: bool) -> None:
         self._store = store
         self._run_id = run_id
         self._pattern = pattern
+        self._samples = samples
         self._skip: dict[str, int] = {}
         self._event = 0
         # A gap may grow: then it is told again.
@@ -271,11 +284,11 @@ class _News:
         for event in self._store.events(self._run_id, after=self._event):
             self._event = event.id
             yield _event_entry(event)
-        for gap in self._store.gaps(self._run_id):
+        for gap in () if self._samples else self._store.gaps(self._run_id):
             if gap not in self._gaps:
                 self._gaps.add(gap)
                 yield _gap_entry(gap)
-        for block in self._store.export(self._run_id, skip=self._skip):
+        for block in self._store.export(self._run_id, skip=self._skip, samples=self._samples):
             yield from _point_entries(block, self._pattern)
 
 

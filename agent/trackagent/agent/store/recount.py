@@ -6,6 +6,7 @@ Where a stream counted more points than there are, or points are damaged, the re
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections import defaultdict
 
@@ -83,9 +84,16 @@ def recount(
 def _check_chunks(
     connection: sqlite3.Connection, parts: list[chunks.Chunk], source: str, keys: list[str]
 ) -> list[str]:
-    """Sets damaged chunks aside in their place; what is lost with them."""
+    """Sets damaged chunks aside in their place, and notes anew which steps each holds; what is lost."""
     lines = []
     for part in parts:
+        # Not as their rows said: a bound that is wrong would hide points.
+        with contextlib.suppress(chunks.ChunkDamaged):
+            steps = chunks.read_ints(connection, part, chunks.STEPS)
+            connection.execute(
+                "UPDATE chunks SET first_step = ?, last_step = ? WHERE id = ?",
+                (int(steps.min()), int(steps.max()), part.id),
+            )
         damaged = chunks.find_damage(connection, part)
         if damaged:
             connection.execute(
