@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from trackagent.agent import reduce
+from trackagent.agent.policies import Definitions, defined
+from trackagent.agent.reducing import from_points, weights_of
 from trackagent.agent.store.contract import (
     Batch,
     BatchId,
@@ -21,6 +24,8 @@ from trackagent.agent.store.contract import (
     Points,
     ProducerEnd,
     ProducerInfo,
+    Reduction,
+    ReductionInfo,
     Rejected,
     RunGap,
     RunSummary,
@@ -28,7 +33,9 @@ from trackagent.agent.store.contract import (
     SeriesInfo,
     node_run_id,
 )
+from trackagent.agent.store.reductions import Partials, merged
 from trackagent.agent.store.runs import attempt_numbers
+from trackagent.client.reductions import WEIGHT_KEY
 
 Point = tuple[int, int, int, float]  # step, attempt, time, value
 SECOND_NS = 1_000_000_000
@@ -57,6 +64,62 @@ class MemoryStore:
 
     def close(self) -> None:
         pass
+
+    def reductions_list(self, run_id: str) -> list[ReductionInfo]:
+        keys = {
+            key for info, points in self._logged(run_id) if not info.forked for key in points.keys
+        }
+        keys |= {key for info, points in self._reduced(run_id) for key in from_points(points)[0]}
+        found = []
+        for key in sorted(keys - {WEIGHT_KEY}):
+            if self._definitions(run_id).of(key).reduce != "none":
+                one = self.reduction(run_id, key)
+                reported = int(one.count[-1] + one.nans[-1])
+                first, last = int(one.steps[0]), int(one.steps[-1])
+                found.append(
+                    ReductionInfo(key, one.reduce, first, last, reported, int(one.world_size[-1]))
+                )
+        return found
+
+    def reduction(self, run_id: str, key: str, over: str = "all") -> Reduction:
+        self._known(run_id)
+        definitions = self._definitions(run_id)
+        ranks = [info for info in self._logging(run_id) if not info.forked and is_in(info, over)]
+        partials = []
+        for info, points in self._reduced(run_id):
+            keys, rows = from_points(points)
+            if info.reduced == over and key in keys:
+                table = rows.table[:, [keys.index(key)]]
+                partials.append(Partials(self._attempt(info), rows.steps, rows.times_ns, table))
+        for info, points in self._logged(run_id):
+            if info in ranks and key in points.keys and not points.reduced:
+                weights = weights_of(points)
+                if definitions.unweighted(key):
+                    weights[:] = 1
+                values = points.values[[points.keys.index(key)]]
+                numbers = np.full(len(points.steps), info.rank)
+                table = reduce.of_values(values, numbers, weights)
+                partials.append(Partials(self._attempt(info), points.steps, points.times_ns, table))
+        attempts = {self._attempt(info) for info in ranks}
+        sizes = {
+            attempt: len({one.rank for one in ranks if self._attempt(one) == attempt})
+            if over != "all"
+            else max(one.world_size for one in ranks if self._attempt(one) == attempt)
+            for attempt in attempts
+        }
+        found = merged(key, over, definitions.of(key).reduce, partials, sizes)
+        if not ranks or not len(found.steps):
+            raise NotFound(key)
+        return found
+
+    def _definitions(self, run_id: str) -> Definitions:
+        return defined(self.tags(run_id))
+
+    def _reduced(self, run_id: str) -> Iterator[tuple[ProducerInfo, Points]]:
+        for points in self._state.points:
+            info = self._state.producers[points.producer_id]
+            if info.run_id == run_id and info.reduced:
+                yield info, points
 
     def last_written(self, origin: str) -> int:
         return max((id_.last for id_ in self._state.applied if id_.origin == origin), default=0)
@@ -145,7 +208,8 @@ class MemoryStore:
     def runs(
         self, *, experiment: str | None = None, status: str | None = None, limit: int = 100
     ) -> list[RunSummary]:
-        ids = {info.run_id for info in self._state.producers.values() if not info.sampled}
+        every_one = self._state.producers.values()
+        ids = {info.run_id for info in every_one if not (info.sampled or info.reduced)}
         every = sorted(
             map(self._summary, ids), key=lambda run: (run.start_time_ns, run.run_id), reverse=True
         )
@@ -238,7 +302,7 @@ class MemoryStore:
         found: dict[str, int] = {}
         for (producer_id, reason), records in self._state.losses.items():
             info = self._state.producers[producer_id]
-            if info.run_id == run_id and not info.sampled:
+            if info.run_id == run_id and not (info.sampled or info.reduced):
                 found[reason] = found.get(reason, 0) + sum(records)
         return found
 
@@ -274,7 +338,9 @@ class MemoryStore:
 
     def _logging(self, run_id: str) -> list[ProducerInfo]:
         every = self._state.producers.values()
-        return [info for info in every if info.run_id == run_id and not info.sampled]
+        return [
+            info for info in every if info.run_id == run_id and not (info.sampled or info.reduced)
+        ]
 
     def _windows(self, run_id: str) -> dict[str, tuple[float, float]]:
         """The seconds that a run sees of what lies in it, and in the runs of its nodes."""
@@ -291,7 +357,7 @@ class MemoryStore:
     def _logged(self, run_id: str) -> Iterator[tuple[ProducerInfo, Points]]:
         for points in self._state.points:
             info = self._state.producers[points.producer_id]
-            if info.run_id == run_id and not info.sampled:
+            if info.run_id == run_id and not (info.sampled or info.reduced):
                 yield info, points
 
     def _sampled(self, run_id: str) -> Iterator[tuple[ProducerInfo, Points]]:
@@ -411,6 +477,11 @@ class MemoryStore:
     def damage(self, run_id: str) -> list[str]:
         self._known(run_id)
         return []
+
+
+def is_in(info: ProducerInfo, over: str) -> bool:
+    """Whether a rank is one of those."""
+    return over in ("all", f"node {info.node}", *(f"{k}={v}" for k, v in info.groups))
 
 
 def _together(one: Gap, other: Gap, records: Callable[[int, int], int]) -> Gap:

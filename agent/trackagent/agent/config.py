@@ -37,6 +37,7 @@ SPOOL_NAME = "spool.db"
 STORE_NAME = "store.db"
 OWNERS_NAME = "owners.db"
 TOKENS_NAME = "tokens.db"
+POLICIES_NAME = "policies.json"
 DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME, TOKENS_NAME)
 HUB_NAME = "hub"
 # In `directory`: where ranks learn that this agent takes what other nodes forward.
@@ -115,6 +116,11 @@ class AgentConfig(Thresholds):
     forward_interval_s: float = 1.0
     """How long a record may wait before it is forwarded to another node."""
 
+    keep_all_ranks: int = 64
+    """Runs of at most this many ranks keep every rank's points, where ranks define nothing else; of larger
+    ones reductions are kept, and the points of the ranks that hold the least and the greatest value of a
+    step."""
+
     linger_s: float = 30.0
     """How long a hub that is told to stop waits for the ranks of other nodes."""
 
@@ -169,6 +175,7 @@ class AgentConfig(Thresholds):
             ("gone_after_s", 1, 365 * 86_400),
             ("drain_timeout_s", 0, 86_400),
             ("forward_interval_s", 0.01, 3_600),
+            ("keep_all_ranks", 0, 1 << 24),
             ("linger_s", 0, 86_400),
             ("sample_interval_s", 1, 3_600),
             ("hook_interval_s", 0.1, 86_400),
@@ -291,6 +298,11 @@ class AgentConfig(Thresholds):
     def store_path(self) -> Path:
         """The embedded store."""
         return self.state_directory / STORE_NAME
+
+    @property
+    def policies_path(self) -> Path:
+        """What is kept of each rank's points, as ranks have defined it."""
+        return self.state_directory / POLICIES_NAME
 
     @property
     def dead_letters_path(self) -> Path:

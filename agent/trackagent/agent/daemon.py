@@ -43,8 +43,10 @@ from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.owners import Owners
 from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.policies import Policies
 from trackagent.agent.present import Present, RecentEvents
 from trackagent.agent.quarantine import Quarantine
+from trackagent.agent.reducing import Reducer
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import EventData, NotFound, ProducerInfo, Writer
@@ -165,7 +167,12 @@ def _check_folders(config: AgentConfig) -> None:
         if os.path.lexists(folder) and not folder.is_file():
             check_folder(folder)
     names = [f"{name}{end}" for name in DATABASES for end in ("", "-wal", "-shm")]
-    for file in (config.lock_path, state / LOCK_NAME, *(state / name for name in names)):
+    for file in (
+        config.lock_path,
+        state / LOCK_NAME,
+        config.policies_path,
+        *(state / name for name in names),
+    ):
         check_file(file)
         with contextlib.suppress(FileNotFoundError):
             file.chmod(0o600)
@@ -228,6 +235,11 @@ async def _serve(
             config.dead_letters_path, StoreSink.name, max_bytes=config.dead_letter_bytes
         ),
         observer=watch,
+        reducer=Reducer(
+            policies=Policies(config.policies_path),
+            keep_all_ranks=config.keep_all_ranks,
+            stores=True,
+        ),
     )
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],

@@ -23,6 +23,7 @@ from typing import Protocol, TypeVar
 from trackagent.agent import notices
 from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import decode
+from trackagent.agent.reducing import Reducer
 from trackagent.agent.sinks.contract import Remembers, Sink
 from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
 from trackagent.agent.store.contract import Batch, BatchId, EventData, Loss, ProducerEnd, Rejected
@@ -67,7 +68,8 @@ class Observer(Protocol):
 
 class Pipeline(threading.Thread):
     """Feeds one sink. `interval_s`: how long records may wait so that more of them go together.
-    `dead_letters`: the sink's."""
+    `dead_letters`: the sink's. `reducer`: what becomes of batches before the sink gets them; None: nothing.
+    `observer` sees them as they were logged."""
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class Pipeline(threading.Thread):
         interval_s: float,
         dead_letters: DeadLetters,
         observer: Observer | None = None,
+        reducer: Reducer | None = None,
     ) -> None:
         super().__init__(name=f"pipeline-{sink.name}", daemon=True)
         self.state = "idle"
@@ -88,6 +91,7 @@ class Pipeline(threading.Thread):
         self._interval_s = interval_s
         self._letters = dead_letters
         self._observer = observer
+        self._reducer = reducer
         # Batches of a delivery at most, None: any number.
         self._most: int | None = None
         self._retry_at = 0.0
@@ -222,7 +226,7 @@ class Pipeline(threading.Thread):
             self.state = "delivering"
             batch = decode(delivery, self._spool.keys)
             try:
-                self._sink.deliver(batch)
+                self._sink.deliver(self._reduced(batch))
             except Rejected as error:
                 if len(delivery.batches) > 1:
                     self._halve(delivery)
@@ -240,6 +244,9 @@ class Pipeline(threading.Thread):
                     self._most = 2 * self._most if self._most < MANY_BATCHES else None
 
         self._until_done(attempt)
+
+    def _reduced(self, batch: Batch) -> Batch:
+        return batch if self._reducer is None else self._reducer.reduced(batch)
 
     def _halve(self, delivery: Delivery) -> None:
         """Of a delivery that the sink has rejected it has kept nothing: so its range may become another. That
@@ -303,7 +310,7 @@ class Pipeline(threading.Thread):
             self._retry_at = time.monotonic() + MAX_BACKOFF_S
 
     def _deliver_again(self, letter: DeadLetter) -> None:
-        batch = decode(letter.delivery(), letter.keys)
+        batch = self._reduced(decode(letter.delivery(), letter.keys))
         message = f"dead letter {letter.id} was delivered to sink {self._sink.name} after all"
         told = EventData(letter.producer.producer_id, time.time_ns(), "info", message)
         try:

@@ -91,8 +91,13 @@ class ProducerInfo:
         if self.sampled:
             return self.sampled
         if self.reduced:
-            return ALL_RANKS if self.reduced == "all" else f"{_RANKS_OF}{self.reduced}"
+            return source_of(self.reduced)
         return f"rank {self.rank} pid {self.pid}" if self.forked else f"rank {self.rank}"
+
+
+def source_of(over: str) -> str:
+    """The source of what agents reduce over these ranks: `all ranks`, or `ranks of tp=0`."""
+    return ALL_RANKS if over == "all" else f"{_RANKS_OF}{over}"
 
 
 def scope_of(source: str) -> str:
@@ -308,6 +313,48 @@ class Buckets:
 
 
 @dataclass(frozen=True, slots=True)
+class ReductionInfo:
+    """A key that ranks logged and that can be looked at across them. reduce: what is shown first, "mean",
+    "sum", "min" or "max"; reported: how many values the last step has, of world_size ranks of its attempt."""
+
+    key: str
+    reduce: str
+    first_step: int
+    last_step: int
+    reported: int
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """A key across ranks, by ascending step: of a step that several attempts logged, the last one's. over:
+    "all", "node a", or a group such as "tp=0". All arrays (n,).
+
+    count and nans: the values that are numbers, and those that are NaN and count nowhere else; together they
+    are at most world_size, the ranks of that attempt that there are to report, where each logs the key once
+    a step. weight: the sum of their weights; sum, mean and std are weighted (keys whose reduce is "sum" are
+    not), std is the population's. min_rank and max_rank: the ranks that hold min and max, of several the
+    lowest; -1 and NaN where no value is a number. times_ns: the latest."""
+
+    key: str
+    over: str
+    reduce: str
+    steps: Ints
+    times_ns: Ints
+    count: Ints
+    nans: Ints
+    world_size: Ints
+    weight: Floats
+    sum: Floats
+    mean: Floats
+    std: Floats
+    min: Floats
+    max: Floats
+    min_rank: Ints
+    max_rank: Ints
+
+
+@dataclass(frozen=True, slots=True)
 class ExportBlock:
     """Points of one source for several keys as stored, attempts and repeated steps included. rank -1 and
     attempt 0: of a node or a GPU."""
@@ -405,6 +452,15 @@ class Reader(Protocol):
     def damage(self, run_id: str) -> list[str]:
         """What of a run can no longer be read, and `series`, `buckets` and `export` therefore leave out:
         each a line with points, keys, source and reason. Reads every point of the run, in bounded memory."""
+        ...
+
+    def reductions_list(self, run_id: str) -> list[ReductionInfo]:
+        """Of all keys that ranks logged, by key; without those that are defined not to be reduced."""
+        ...
+
+    def reduction(self, run_id: str, key: str, over: str = "all") -> Reduction:
+        """Of what is stored as reductions and of ranks' points that stand in none. NotFound where there is
+        nothing; the message lists over what there is."""
         ...
 
     def ranges(self, origin: str) -> list[tuple[int, int]]:

@@ -18,13 +18,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from trackagent.agent.store import chunks, curves, database, views
+from trackagent.agent.store import chunks, curves, database, reductions, views
 from trackagent.agent.store.contract import (
     Buckets,
     Event,
     ExportBlock,
     Ints,
     NotFound,
+    Reduction,
+    ReductionInfo,
     RunGap,
     RunSummary,
     Series,
@@ -229,6 +231,14 @@ class SqliteReader:
             for chunk, damaged in self._each_chunk("check points", stream, 0, chunks.find_damage)
             for text in _described(stream, chunk, damaged)
         ]
+
+    def reductions_list(self, run_id: str) -> list[ReductionInfo]:
+        with self._connected("list reductions") as connection:
+            return reductions.infos(connection, self._row_of(connection, run_id))
+
+    def reduction(self, run_id: str, key: str, over: str = "all") -> Reduction:
+        with self._connected("reduce over ranks") as connection:
+            return reductions.of_run(connection, self._row_of(connection, run_id), key, over)
 
     def ranges(self, origin: str) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
