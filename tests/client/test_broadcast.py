@@ -21,6 +21,7 @@ from trackagent.client.errors import IdentityError
 from trackagent.client.history import History, run_is_inherited
 from trackagent.client.hub import Hub
 from trackagent.client.identity import SPARE_CONNECT_S, Decision, Identity, decide
+from trackagent.client.ranks import Ranks
 
 A = "a" * 32
 B = "b" * 32
@@ -124,6 +125,25 @@ def job() -> Iterator[Job]:
     job.kill()
 
 
+@dataclass
+class Names:
+    """A node that knows which hub to name, or what to say where there is none."""
+
+    hub: Hub | None = None
+    problem: str = ""
+    cannot_hear: str = ""
+
+    def name(self, ranks: Ranks) -> tuple[Hub | None, str]:
+        assert ranks.rank == 0
+        return self.hub, self.problem
+
+    def unheard(self, ranks: Ranks) -> str:
+        return self.cannot_hear
+
+    def of(self, run_id: str) -> Hub | None:
+        return self.hub
+
+
 def runs(decisions: list[Decision]) -> set[tuple[str, int]]:
     return {(d.identity.run_id, d.identity.attempt) for d in decisions}
 
@@ -150,13 +170,46 @@ def test_all_ranks_agree(job: Job) -> None:
 
 
 def test_the_others_hear_of_rank_0s_hub(job: Job) -> None:
-    job.rank(0, hub=HUB)
-    assert job.rank(1).identity.hub == HUB
+    job.rank(0, hubs=Names(HUB))
+    assert job.rank(1, hubs=Names(OTHER_HUB)).identity.hub == HUB
+
+
+def test_what_keeps_rank_0_from_naming_a_hub_is_told_there(job: Job) -> None:
+    names = Names(problem="there is none")
+    assert [job.rank(rank, hubs=names).warnings for rank in (0, 1)] == [("there is none",), ()]
+
+
+def test_ranks_that_cannot_hear_of_a_hub_are_told_once() -> None:
+    job, names = Job(None), Names(HUB, cannot_hear="start every agent with --store")
+    decisions = [job.rank(rank, run_id=A, hubs=names) for rank in (0, 1)]
+    assert [decision.warnings for decision in decisions] == [
+        ("start every agent with --store",),
+        (),
+    ]
+    assert [decision.identity.hub for decision in decisions] == [None, None]
+
+
+def test_a_rank_that_goes_on_without_rank_0_is_told_that_it_has_no_hub() -> None:
+    clock = Clock()
+    job = Job(MemoryLink(None, standing=False))
+    names = Names(cannot_hear="call init() later")
+    other = job.rank(1, run_id=A, hubs=names, clock=clock, sleep=clock.sleep)
+    assert other.warnings == ("call init() later",)
+
+
+def test_a_process_that_a_rank_forks_and_that_shares_its_run_shares_its_hub(job: Job) -> None:
+    history = History()
+    job.rank(0, run_id=A, history=history)
+    for given, hub in ((A, HUB), (None, None)):
+        child = in_a_forked_process(
+            lambda given=given: job.rank(0, run_id=given, history=history, hubs=Names(HUB)).identity
+        )
+        assert child.hub == hub
 
 
 def test_a_restarted_rank_0_on_another_node_names_another_hub(job: Job) -> None:
     for attempt, hub in ((1, HUB), (2, None), (3, OTHER_HUB)):
-        job.rank(0, hub=hub)
+        job.rank(0, hubs=Names(hub))
         other = job.rank(1).identity
         assert (other.attempt, other.hub) == (attempt, hub)
         job.kill()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from trackagent.client.broadcast import Word
 from trackagent.client.errors import ConfigError
 from trackagent.client.hub import Hub, new_token
+from trackagent.client.identity import Identity
 
 PIN = "0a" * 32
 TOKEN = "1b" * 16
@@ -56,6 +58,16 @@ def test_a_hub_can_be_shown_without_its_token() -> None:
     hub = Hub("h:1", PIN, TOKEN)
     assert "h:1" in repr(hub)
     assert TOKEN not in f"{hub!r} {hub}"
+
+
+def test_who_a_process_is_can_be_shown_without_its_hubs_token() -> None:
+    hub = Hub("h:1", PIN, TOKEN)
+    who = Identity(
+        run_id="a" * 32, attempt=1, rank=0, local_rank=0, world_size=2, node="n", hub=hub
+    )
+    shown = f"{who} {Word('a' * 32, 1, hub, 'b' * 32)}"
+    assert "h:1" in shown
+    assert TOKEN not in shown
 
 
 def test_a_token_is_new_each_time() -> None:

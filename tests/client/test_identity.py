@@ -10,7 +10,6 @@ import pytest
 from tests.fakes import in_a_forked_process
 from trackagent.client.errors import ConfigError
 from trackagent.client.history import History, run_has_ended
-from trackagent.client.hub import Hub
 from trackagent.client.identity import Decision, Identity, decide
 from trackagent.client.ranks import Ranks, launcher_ranks
 
@@ -64,19 +63,6 @@ def test_the_second_init_with_the_same_given_id_is_its_second_attempt() -> None:
     history = History()
     attempts = [alone(run_id=A, history=history).identity.attempt for _ in range(2)]
     assert attempts == [1, 2]
-
-
-def test_rank_0_keeps_its_own_word_about_the_hub() -> None:
-    hub = Hub("host:1", "0" * 64, "1" * 32)
-    assert alone(hub=hub).identity.hub == hub
-
-
-def test_who_a_process_is_can_be_shown_without_the_hubs_token() -> None:
-    environ: dict[str, str] = {}
-    decision = alone(hub=Hub("host:1", "0" * 64, "1" * 32), environ=environ)
-    shown = f"{decision!r} {decision.identity} {environ}"
-    assert "host:1" in shown
-    assert "1" * 32 not in shown
 
 
 # A run id that the user gives

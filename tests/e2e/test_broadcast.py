@@ -28,11 +28,15 @@ import torch.distributed as dist
 from trackagent.client.hub import Hub
 from trackagent.client.identity import decide
 
-def hub_of(name):
-    return Hub(f"{name}:7717", "0" * 64, "1" * 32)
+class Names:
+    def __init__(self, node):
+        self.node = node
+    def name(self, ranks):
+        return Hub(f"{self.node}:7717", "0" * 64, "1" * 32), ""
 
-def told(call, **arguments):
-    decision = decide(timeout_s=30, **{"run_id": None, **arguments})
+def told(call, node="", **arguments):
+    hubs = Names(node) if node else None
+    decision = decide(timeout_s=30, **{"run_id": None, "hubs": hubs, **arguments})
     who = decision.identity
     line = {"call": call, "run_id": who.run_id, "attempt": who.attempt, "rank": who.rank,
             "world_size": who.world_size, "hub": who.hub and who.hub.text(), "warnings": decision.warnings,
@@ -47,7 +51,7 @@ TORCHRUN = """
 rank = int(os.environ["RANK"])
 if rank == 0:
     time.sleep(1)
-first = told("before the group", hub=hub_of(f"rank-{rank}"))
+first = told("before the group", node=f"rank-{rank}")
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
 second = told("in the group", run_id="b" * 32 if rank == 2 else None)
 dist.destroy_process_group()
@@ -68,7 +72,7 @@ if (rank, restart) == ("1", "0"):
         time.sleep(0.02)
     os._exit(1)
 # Each group is on another node.
-told("first", hub=hub_of(f"rank-{rank}-of-group-{restart}"))
+told("first", node=f"rank-{rank}-of-group-{restart}")
 if (rank, restart) == ("1", "1"):
     os._exit(1)
 if restart != "2":

@@ -102,7 +102,7 @@ def init(
     import logging
     import threading
 
-    from trackagent.client import exits, facts, history, identity, reductions, trust, values
+    from trackagent.client import exits, facts, history, identity, naming, reductions, trust, values
     from trackagent.client.config import ClientConfig
     from trackagent.client.errors import ConfigError, ValueRefused
     from trackagent.client.run import Run
@@ -117,7 +117,9 @@ def init(
     config = ClientConfig.load(agent=agent)
     finish()
     exits.forget()
-    decision = identity.decide(run_id=run_id, timeout_s=config.identity_timeout_s)
+    decision = identity.decide(
+        run_id=run_id, timeout_s=config.identity_timeout_s, hubs=naming.NodeHubs(config)
+    )
     for warning in decision.warnings:
         logging.getLogger("trackagent").warning("%s", warning)
     # One of the two will do: another user must not be able to keep training from starting.

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import Protocol
 from uuid import uuid4
 
 from trackagent.client.broadcast import (
@@ -73,6 +74,20 @@ class Identity:
     each count from 1. 0: not known."""
 
 
+class Hubs(Protocol):
+    """Which hub a run has, as far as this process can say by itself. Bounded; raises nothing."""
+
+    def name(self, ranks: Ranks, /) -> tuple[Hub | None, str]:
+        """The hub that rank 0 names, and a sentence for the user, or ""."""
+
+    def unheard(self, ranks: Ranks, /) -> str:
+        """A sentence for the user where this rank should hear of rank 0's hub, or tell of it, and cannot; or
+        ""."""
+
+    def of(self, run_id: str, /) -> Hub | None:
+        """The hub of a run that another process here takes part in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """What decide() found. `warnings` are sentences for the user, to be shown once."""
@@ -96,7 +111,7 @@ def decide(
     *,
     run_id: str | None,
     timeout_s: float,
-    hub: Hub | None = None,
+    hubs: Hubs | None = None,
     environ: MutableMapping[str, str] = os.environ,
     history: History = THIS_PROCESS,
     find: Finder | None = None,
@@ -109,7 +124,8 @@ def decide(
     """The identity of this process in the next run of its job; to be called once for each init(),
     by the main process of a rank, on every rank equally often.
 
-    Notes in `environ` what processes that this one starts need to know. Returns within about twice
+    hubs: which hub rank 0 names; None: it names none. Notes in `environ` what processes that this one starts
+    need to know. Returns within about twice
     `timeout_s`. On rank 0 of a job it leaves a daemon thread that gives its word to the others. ConfigError
     names an unusable argument or variable; IdentityError says what was waited for. A call that raises does
     not count: the next one takes its place.
@@ -129,12 +145,14 @@ def decide(
         # process of the run that it was given.
         link = None
         ranks = ranks if given else Ranks(rank=0, local_rank=0, world_size=1)
+    hub, problem = _hub(hubs, ranks, link, given, belongs=belongs)
     caller = _Caller(
         ranks=ranks,
         call=history.calls + 1,
         given=given,
         first_attempt=first_attempt,
         hub=hub,
+        hubs=hubs,
         earlier=history.attempts,
         job_time_ns=history.job_times_ns.get(given) if belongs and given else None,
         new_id=new_id,
@@ -147,7 +165,7 @@ def decide(
         agreed = _before_the_store(caller, link)
     else:
         agreed = _through_the_store(caller, link)
-    word, warnings = agreed.word, agreed.warnings
+    word, warnings = agreed.word, (*filter(None, [problem]), *agreed.warnings)
     if given is not None and word.run_id != given:
         warnings += (
             f"run id {given} from {origin} is ignored on rank {ranks.rank}: "
@@ -195,6 +213,19 @@ def given_run_id(run_id: str | None, environ: Mapping[str, str]) -> tuple[str | 
     return None, ""
 
 
+def _hub(
+    hubs: Hubs | None, ranks: Ranks, link: Link | None, given: str | None, *, belongs: bool
+) -> tuple[Hub | None, str]:
+    """The hub that this process names before it hears of another, and a sentence for the user, or ""."""
+    if hubs is None:
+        return None, ""
+    if belongs:
+        return (hubs.of(given) if given else None), ""
+    if ranks.rank != 0:
+        return None, ""
+    return hubs.name(ranks) if link is not None else (None, hubs.unheard(ranks))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Caller:
     """One rank in one call of decide(): what it knows before it hears from any other."""
@@ -204,6 +235,7 @@ class _Caller:
     given: str | None
     first_attempt: int
     hub: Hub | None
+    hubs: Hubs | None
     earlier: Mapping[str, int]
     job_time_ns: int | None
     new_id: Callable[[], str]
@@ -290,7 +322,8 @@ def _store_did_not_open(caller: _Caller, link: Link, waited_s: float) -> _Agreed
             f"a run; {REMEDY}"
         )
     if not link.standing:
-        return _Agreed(word=caller.own_word())
+        problem = caller.hubs.unheard(caller.ranks) if caller.hubs else ""
+        return _Agreed(word=caller.own_word(), warnings=tuple(filter(None, [problem])))
     warning = (
         f"{link.name} did not answer within {waited_s:g} s: "
         "the restarts of this job are not counted as attempts"

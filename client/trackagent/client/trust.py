@@ -101,15 +101,42 @@ def check_socket(path: Path, owners: Collection[int] = ()) -> None:
     if not stat.S_ISSOCK(status.st_mode):
         raise _refused(f"{path} is not a socket: name the agent's")
     _check_owner(path, status, trusted)
-    folder = path.parent
+    _check_around(path.parent, "the socket", trusted, owners)
+
+
+def read_trusted(path: Path, owners: Collection[int], max_bytes: int) -> bytes:
+    """What is in the file at `path`. PermissionError when somebody else than this user, root or one of
+    `owners` may have written it, or when it has more than `max_bytes`; OSError when it cannot be read."""
+    trusted = {os.geteuid(), _ROOT, *owners}
+    # Whoever put a pipe there lets nobody wait.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _refused(f"{path} is no file: have it removed")
+        _check_owner(path, status, trusted)
+        if status.st_mode & WRITABLE_BY_OTHERS:
+            raise _refused(f"{path} {_writable(status)}: chmod go-w {path}")
+        _check_around(path.parent, "the file", trusted, owners)
+        data = os.pread(descriptor, max_bytes + 1, 0)
+    finally:
+        os.close(descriptor)
+    if len(data) > max_bytes:
+        raise _refused(f"{path} has more than {max_bytes} bytes: have it removed")
+    return data
+
+
+def _check_around(
+    folder: Path, what: str, trusted: Collection[int], owners: Collection[int]
+) -> None:
     around = os.stat(folder)
     if around.st_uid not in trusted and not is_unmapped(around.st_uid):
         raise _refused(
-            f"{folder}, in which the socket lies, belongs to user {around.st_uid}, who could put another "
+            f"{folder}, in which {what} lies, belongs to user {around.st_uid}, who could put another "
             "in its place: name an agent that you trust"
         )
     if _replaceable(around):
-        raise _refused(f"{folder}, in which the socket lies, {_writable(around)}: name another")
+        raise _refused(f"{folder}, in which {what} lies, {_writable(around)}: name another")
     check_way(folder, owners)
 
 
