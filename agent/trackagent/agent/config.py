@@ -36,9 +36,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 SPOOL_NAME = "spool.db"
 STORE_NAME = "store.db"
 OWNERS_NAME = "owners.db"
+ROUTES_NAME = "routes.db"
 TOKENS_NAME = "tokens.db"
 POLICIES_NAME = "policies.json"
-DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME, TOKENS_NAME)
+DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME, TOKENS_NAME, ROUTES_NAME)
 HUB_NAME = "hub"
 # In `directory`: where ranks learn that this agent takes what other nodes forward.
 HUB_FILE_NAME = "hub.json"
@@ -293,6 +294,11 @@ class AgentConfig(Thresholds):
     def hub_file_path(self) -> Path:
         """Where ranks learn how other nodes reach this agent."""
         return self.directory / HUB_FILE_NAME
+
+    @property
+    def routes_path(self) -> Path:
+        """Where the runs go that other agents take."""
+        return self.state_directory / ROUTES_NAME
 
     @property
     def store_path(self) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trackagent.agent.store as store
-from trackagent.agent import server
+from trackagent.agent import server, tls
 from trackagent.agent.access import Access
 from trackagent.agent.active import Active
 from trackagent.agent.collect.contract import Here
@@ -32,6 +32,7 @@ from trackagent.agent.collect.table import intervals
 from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL_NAME, AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
+from trackagent.agent.forwarding import Forwarding
 from trackagent.agent.gate import Gate
 from trackagent.agent.health.hardware import readings
 from trackagent.agent.health.hooks import Hooks
@@ -47,6 +48,7 @@ from trackagent.agent.policies import Policies
 from trackagent.agent.present import Present, RecentEvents
 from trackagent.agent.quarantine import Quarantine
 from trackagent.agent.reducing import Reducer
+from trackagent.agent.routes import Routes
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import EventData, NotFound, ProducerInfo, Writer
@@ -187,6 +189,8 @@ async def _run(
         opened.callback(spool.close)
         writer = store.open_writer(config.store_path)
         opened.callback(writer.close)
+        routes = _routes(config)
+        opened.callback(routes.close)
         access = None if config.group is None else await _access(config, spool)
         if access is not None:
             opened.callback(access.owners.close)
@@ -197,7 +201,7 @@ async def _run(
 
             scrapes = opened.enter_context(Scrapes(config.prometheus))
         return await _serve(
-            config, version, started_ns, spool, writer, access, stop, locks, scrapes
+            config, version, started_ns, spool, writer, routes, access, stop, locks, scrapes
         )
 
 
@@ -207,6 +211,7 @@ async def _serve(
     started_ns: int,
     spool: Spool,
     writer: Writer,
+    routes: Routes,
     access: Access | None,
     stop: asyncio.Event,
     locks: Sequence[Lock],
@@ -227,19 +232,29 @@ async def _serve(
         progress=lambda: progress(watch, config),
         events=events,
     )
+    dead_letters = partial(
+        DeadLetters, config.dead_letters_path, max_bytes=config.dead_letter_bytes
+    )
+    reducer = partial(
+        Reducer, policies=Policies(config.policies_path), keep_all_ranks=config.keep_all_ranks
+    )
     pipeline = Pipeline(
         spool,
         StoreSink(writer),
         interval_s=config.deliver_interval_s,
-        dead_letters=DeadLetters(
-            config.dead_letters_path, StoreSink.name, max_bytes=config.dead_letter_bytes
-        ),
+        dead_letters=dead_letters(StoreSink.name),
         observer=watch,
-        reducer=Reducer(
-            policies=Policies(config.policies_path),
-            keep_all_ranks=config.keep_all_ranks,
-            stores=True,
-        ),
+        reducer=reducer(stores=True),
+        wanted=lambda info: not info.hub,
+    )
+    forwarding = Forwarding(
+        spool,
+        routes,
+        node=_node(config),
+        interval_s=config.forward_interval_s,
+        dead_letters=dead_letters,
+        reducer=reducer(stores=False),
+        connect=lambda address, pin: tls.channel(address, pin=pin),
     )
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],
@@ -271,19 +286,23 @@ async def _serve(
             held = await asyncio.to_thread(quarantine.held)
             response.quarantine.items, response.quarantine.bytes = held.items, held.size
             response.quarantine.deleted = held.deleted
+        running = {one.sink_name: one for one in (pipeline, *forwarding.pipelines())}
         for sink in response.sinks:
-            if sink.name == pipeline.sink_name:
-                sink.state, sink.error = pipeline.state, pipeline.error
-                letters = await asyncio.to_thread(pipeline.dead_letters)
+            if (feeding := running.get(sink.name)) is not None:
+                sink.state, sink.error = feeding.state, feeding.error
+                letters = await asyncio.to_thread(feeding.dead_letters)
                 sink.dead_letters, sink.dead_letter_bytes = letters
 
-    servicer = server.Servicer(spool, config, version, describe, access, present.look)
+    servicer = server.Servicer(
+        spool, config, version, describe, access, present.look, forwarding.route
+    )
     orphans = Orphans(
         spool,
         config.directory,
         config.state_directory,
         config.quarantine_path,
         claim=None if access is None else access.claim_own,
+        route=forwarding.route,
         connected=servicer.is_connected,
         gone_after_s=config.gone_after_s,
     )
@@ -305,6 +324,7 @@ async def _serve(
         raise AgentError(f"{error}; give another --dir") from error
     _open_to_group(config)
     pipeline.start()
+    await asyncio.to_thread(forwarding.start)
     orphans.start()
     sampler.start()
     hooks.start()
@@ -346,7 +366,9 @@ async def _serve(
     await asyncio.to_thread(orphans.stop)
     # Who begins anew does not let the ranks wait for a sink.
     drain_s = config.drain_timeout_s if missing is None else 0.0
-    await asyncio.to_thread(pipeline.stop, drain_s)
+    await asyncio.gather(
+        asyncio.to_thread(pipeline.stop, drain_s), asyncio.to_thread(forwarding.stop, drain_s)
+    )
     await asyncio.to_thread(hooks.stop, HOOKS_STOP_S)
     left = (await asyncio.wrap_future(spool.statistics()))["batches"]
     if missing is not None:
@@ -417,6 +439,15 @@ async def _trim(quarantine: Quarantine) -> None:
                 logger.warning("cannot keep the quarantine small: %s; trying again", error)
             told = str(error)
         await asyncio.sleep(TRIM_INTERVAL_S)
+
+
+def _routes(config: AgentConfig) -> Routes:
+    try:
+        return Routes(config.routes_path, config.quarantine_path)
+    except (OSError, sqlite3.Error) as error:
+        raise AgentError(
+            f"cannot open {config.routes_path}, which says where runs go that other agents take: {error}"
+        ) from error
 
 
 async def _access(config: AgentConfig, spool: Spool) -> Access:

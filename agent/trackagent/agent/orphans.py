@@ -22,6 +22,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Set
+from dataclasses import replace
 from pathlib import Path
 
 from trackagent.agent import deaths, notices
@@ -32,6 +33,7 @@ from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import ProducerInfo
 from trackagent.client import record
 from trackagent.client.folder import LOCK_NAME
+from trackagent.client.hub import Hub
 from trackagent.client.segment import HEADER_BYTES
 from trackagent.client.trust import check_folder
 
@@ -50,10 +52,10 @@ _IN_THE_MAKING = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+")
 class Orphans(threading.Thread):
     """Watches the journals of `directory` and `state_directory`. `quarantine`: where unreadable
     segments go. `claim`: asked, with run and producer, before a journal is read; what it raises leaves the
-    journal as it is. `connected`: whether a producer is, by its id. `gone_after_s`: how long one may have
-    neither a connection nor a journal, since its node was started anew or the folder in memory was emptied.
-    `proc`, `groups`: where the kernel tells of processes and control groups, and `clock` (seconds,
-    monotonic): seams for tests."""
+    journal as it is; so does `route`, which says which way a run goes whose rank 0 named a hub. `connected`:
+    whether a producer is, by its id. `gone_after_s`: how long one may have neither a connection nor a
+    journal, since its node was started anew or the folder in memory was emptied. `proc`, `groups`: where the
+    kernel tells of processes and control groups, and `clock` (seconds, monotonic): seams for tests."""
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class Orphans(threading.Thread):
         quarantine: Path,
         *,
         claim: Callable[[str, bytes], None] | None = None,
+        route: Callable[[str, Hub], str] = lambda run_id, hub: "",
         connected: Callable[[bytes], bool] = lambda producer_id: False,
         gone_after_s: float = 3600.0,
         proc: Path = Path("/proc"),
@@ -74,6 +77,7 @@ class Orphans(threading.Thread):
         self._bases = [directory / "journals", state_directory / "journals"]
         self._quarantine = quarantine
         self._claim = claim
+        self._route = route
         self._connected = connected
         self._gone_after_s = gone_after_s
         # Producers that have not ended and have neither journal nor connection, and since when.
@@ -268,6 +272,8 @@ class Orphans(threading.Thread):
             return None
         if self._claim is not None:
             self._claim(info.run_id, info.producer_id)
+        if segments and (hub := segments[0].hub) is not None:
+            info = replace(info, hub=self._route(info.run_id, hub))
         # Of a new producer, what was before is delivered elsewhere.
         held: dict[int, int] = {}
         for found in segments:

@@ -22,11 +22,20 @@ from typing import Protocol, TypeVar
 
 from trackagent.agent import notices
 from trackagent.agent.deadletters import DeadLetter, DeadLetters
-from trackagent.agent.decode import decode
+from trackagent.agent.decode import Keys, decode
 from trackagent.agent.reducing import Reducer
 from trackagent.agent.sinks.contract import Remembers, Sink
 from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
-from trackagent.agent.store.contract import Batch, BatchId, EventData, Loss, ProducerEnd, Rejected
+from trackagent.agent.store.contract import (
+    Batch,
+    BatchId,
+    EventData,
+    Loss,
+    ProducerEnd,
+    ProducerInfo,
+    Rejected,
+)
+from trackagent.agent.wire import opened
 from trackagent.client import record
 from trackagent.client.record import Kind
 
@@ -69,7 +78,10 @@ class Observer(Protocol):
 class Pipeline(threading.Thread):
     """Feeds one sink. `interval_s`: how long records may wait so that more of them go together.
     `dead_letters`: the sink's. `reducer`: what becomes of batches before the sink gets them; None: nothing.
-    `observer` sees them as they were logged."""
+    `observer` sees them as they were logged. wanted: whose batches the sink gets; with the others it is done
+    at once. opens: whether it gets what other agents forwarded as it was logged, or unread. from_now: a sink
+    that is new gets nothing of what is spooled already. max_backoff_s: how long until it tries again, at
+    most."""
 
     def __init__(
         self,
@@ -80,6 +92,10 @@ class Pipeline(threading.Thread):
         dead_letters: DeadLetters,
         observer: Observer | None = None,
         reducer: Reducer | None = None,
+        wanted: Callable[[ProducerInfo], bool] | None = None,
+        opens: bool = True,
+        from_now: bool = False,
+        max_backoff_s: float = MAX_BACKOFF_S,
     ) -> None:
         super().__init__(name=f"pipeline-{sink.name}", daemon=True)
         self.state = "idle"
@@ -92,12 +108,15 @@ class Pipeline(threading.Thread):
         self._letters = dead_letters
         self._observer = observer
         self._reducer = reducer
+        self._wanted = wanted
+        self._opens = opens
+        self._max_backoff_s = max_backoff_s
         # Batches of a delivery at most, None: any number.
         self._most: int | None = None
         self._retry_at = 0.0
         self._deadline: float | None = None
         self._stopping = threading.Event()
-        spool.add_sink(sink.name).result()
+        spool.add_sink(sink.name, from_now=from_now).result()
 
     @property
     def sink_name(self) -> str:
@@ -172,6 +191,13 @@ class Pipeline(threading.Thread):
         has ended ends there too: where the sink still has the end, or gets it yet, that one counts."""
         aside = self._letters.numbers(origin)
         cursor, producers = self._spool.delivered_after(self._sink.name, last, aside).result()
+        if self._wanted is not None:
+            # Of samples nobody knows since when they were wanted.
+            producers = [
+                (info, has_ended)
+                for info, has_ended in producers
+                if self._wanted(info) and not info.sampled
+            ]
         if not producers:
             return
         message = (
@@ -224,17 +250,14 @@ class Pipeline(threading.Thread):
         def attempt() -> None:
             self._retry_letters()
             self.state = "delivering"
-            batch = decode(delivery, self._spool.keys)
             try:
-                self._sink.deliver(self._reduced(batch))
+                self._pass_on(delivery)
             except Rejected as error:
                 if len(delivery.batches) > 1:
                     self._halve(delivery)
                 else:
                     self._set_aside(delivery, str(error))
             else:
-                if self._observer is not None:
-                    self._observer.take(batch)
                 patience_s = 0.0 if hurried else self._patience_s()
                 self._spool.delivered(
                     self._sink.name, delivery.id.last, patience_s=patience_s
@@ -244,6 +267,21 @@ class Pipeline(threading.Thread):
                     self._most = 2 * self._most if self._most < MANY_BATCHES else None
 
         self._until_done(attempt)
+
+    def _pass_on(self, delivery: Delivery) -> None:
+        if self._wanted is not None:
+            wanted = [one for one in delivery.batches if self._wanted(one.producer)]
+            if not wanted:
+                return
+            delivery = replace(delivery, batches=wanted)
+        batch = self._read(delivery, self._spool.keys)
+        self._sink.deliver(self._reduced(batch))
+        if self._observer is not None:
+            self._observer.take(batch)
+
+    def _read(self, delivery: Delivery, keys: Keys) -> Batch:
+        batch = decode(delivery, keys)
+        return opened(batch) if self._opens else batch
 
     def _reduced(self, batch: Batch) -> Batch:
         return batch if self._reducer is None else self._reducer.reduced(batch)
@@ -310,7 +348,7 @@ class Pipeline(threading.Thread):
             self._retry_at = time.monotonic() + MAX_BACKOFF_S
 
     def _deliver_again(self, letter: DeadLetter) -> None:
-        batch = self._reduced(decode(letter.delivery(), letter.keys))
+        batch = self._reduced(self._read(letter.delivery(), letter.keys))
         message = f"dead letter {letter.id} was delivered to sink {self._sink.name} after all"
         told = EventData(letter.producer.producer_id, time.time_ns(), "info", message)
         try:
@@ -335,7 +373,7 @@ class Pipeline(threading.Thread):
                 self.state, self.error = "retrying", f"{type(error).__name__}: {error}"
                 logger.warning("sink %s: %s; trying again", self._sink.name, self.error)
                 self._pause(backoff_s * random.uniform(0.5, 1.0))
-                backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
+                backoff_s = min(2 * backoff_s, self._max_backoff_s)
             else:
                 self.state, self.error = "idle", ""
                 return result

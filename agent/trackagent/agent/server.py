@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import sqlite3
 import threading
@@ -24,6 +25,8 @@ from trackagent.agent.interceptors import Discreet, Readable
 from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import OutOfOrder, Spool, SpoolError, SpoolFull, UnknownProducer
 from trackagent.agent.store.contract import ProducerInfo, StoreError
+from trackagent.client.errors import ConfigError as ClientConfigError
+from trackagent.client.hub import Hub
 from trackagent.client.segment import MAX_LANES, MAX_OFFSET
 from trackagent.client.sender import PRODUCER_KEY
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
@@ -136,7 +139,8 @@ class _Uncommitted:
 class Servicer(agent_pb2_grpc.AgentServicer):
     """The Agent service. `describe` fills in what the service itself does not know (sinks, losses,
     folders). access: what each user may do; None: only one can connect. look: how the node is to one who may
-    see these producers (None: all), but for which ranks are connected; it may wait."""
+    see these producers (None: all), but for which ranks are connected; it may wait. route: which way a run
+    goes whose rank 0 named a hub (Forwarding.route); it may wait."""
 
     def __init__(
         self,
@@ -148,6 +152,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         look: Callable[[Sight | None], agent_pb2.NodeResponse] = lambda sees: (
             agent_pb2.NodeResponse()
         ),
+        route: Callable[[str, Hub], str] = lambda run_id, hub: "",
     ) -> None:
         self._spool = spool
         self._config = config
@@ -155,6 +160,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         self._describe = describe
         self._access = access
         self._look = look
+        self._route = route
         self._streams = 0
         # Of users who do not run the agent; all others together under None.
         self._users_streams: Counter[int | None] = Counter()
@@ -191,6 +197,8 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         if self._access is not None:
             owned = self._access.open(context.peer(), info.run_id, info.producer_id)
             await _permitted(owned, context)
+        if request.HasField("hub"):
+            info = dataclasses.replace(info, hub=await self._way(info, request.hub, context))
         committed = await _result(self._spool.open_producer(info, held, request.schemas), context)
         return agent_pb2.OpenRunResponse(
             agent_version=self._version,
@@ -201,6 +209,20 @@ class Servicer(agent_pb2_grpc.AgentServicer):
                 if lane < MAX_LANES
             ],
         )
+
+    async def _way(
+        self, info: ProducerInfo, address: agent_pb2.HubAddress, context: Context
+    ) -> str:
+        """As ProducerInfo.hub."""
+        try:
+            hub = Hub(address.address, address.pin, address.token)
+            return await asyncio.to_thread(self._route, info.run_id, hub)
+        except ClientConfigError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except (sqlite3.Error, SpoolError):
+            logger.exception("cannot note where the run %s goes", info.run_id)
+            message = "this agent cannot note where the run goes; its log says why"
+            await _abort(context, grpc.StatusCode.INTERNAL, message)
 
     async def Push(self, requests: AsyncIterator[agent_pb2.PushRequest], context: Context) -> None:
         if self._streams >= self._config.max_streams:

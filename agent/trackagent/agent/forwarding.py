@@ -1,0 +1,204 @@
+"""Which way records go: to this node's store, to the hub that rank 0 named, or all to one hub.
+
+A producer has one way for ever, decided when it is opened and kept with it in the spool. A hub's sink is in
+the spool before the first byte for it, and goes when nobody here delivers to it any more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Protocol
+
+import grpc
+
+from trackagent.agent.deadletters import DeadLetters
+from trackagent.agent.errors import AgentError
+from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.reducing import Reducer
+from trackagent.agent.routes import Routes
+from trackagent.agent.sinks.forward import ForwardSink, HubRefused
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import ProducerInfo, node_run_id
+from trackagent.client.hub import Hub
+
+logger = logging.getLogger(__name__)
+
+HUB_SINK = "hub-"
+PIN_CHARACTERS = 16
+# A hub that is back is found within about this time.
+MAX_BACKOFF_S = 5.0
+# How long a hub's sink stays when nobody delivers to it.
+IDLE_S = 60.0
+SWEEP_INTERVAL_S = 10.0
+
+
+class Guests(Protocol):
+    """The runs that other nodes may deliver to here."""
+
+    def note(self, run_id: str, token: str) -> None: ...
+
+
+class Forwarding:
+    """Decides the way of each producer, and feeds a sink for each hub.
+
+    pin: this agent's own, where others can reach it; guests: notes the tokens of runs whose hub it is.
+    elsewhere: all goes to one hub, whatever rank 0 names. connect: a channel to the hub with a
+    pin at an address. reducer, dead_letters, interval_s: as for each Pipeline. Any thread may
+    call."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        routes: Routes,
+        *,
+        node: str,
+        interval_s: float,
+        dead_letters: Callable[[str], DeadLetters],
+        connect: Callable[[str, str], grpc.Channel],
+        pin: str = "",
+        guests: Guests | None = None,
+        elsewhere: bool = False,
+        reducer: Reducer | None = None,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._spool = spool
+        self._routes = routes
+        self._node = node
+        self._interval_s = interval_s
+        self._dead_letters = dead_letters
+        self._connect = connect
+        self._pin = pin
+        self._guests = guests
+        self._elsewhere = elsewhere
+        self._reducer = reducer
+        self._idle_s = idle_s
+        self._lock = threading.Lock()
+        self._pipelines: dict[str, Pipeline] = {}
+        self._used: dict[str, float] = {}
+        self._stopping = threading.Event()
+        self._sweeper = threading.Thread(target=self._sweep_often, name="routes", daemon=True)
+
+    def start(self) -> None:
+        """Goes on with what an earlier agent here had to forward."""
+        with self._lock:
+            known = set(self._spool.sinks().result())
+            for pin in self._routes.pins():
+                if _sink_name(pin) in known:
+                    self._begin_hub(pin)
+        self._sweeper.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Delivers what is spooled, to all hubs together for at most about timeout_s."""
+        self._stopping.set()
+        self._sweeper.join()
+        stopping = [
+            threading.Thread(target=pipeline.stop, args=(timeout_s,), name="stop")
+            for pipeline in self.pipelines()
+        ]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join()
+
+    def route(self, run_id: str, hub: Hub) -> str:
+        """The way of a producer that is opened now, whose rank 0 named this hub: its pin, or "" for wherever
+        this agent delivers to. Waits for the disk. sqlite3.Error or SpoolError: nothing is decided."""
+        if self._elsewhere:
+            return ""
+        if hub.pin == self._pin:
+            if self._guests is not None:
+                self._guests.note(run_id, hub.token)
+            return ""
+        self._routes.note(run_id, hub)
+        with self._lock:
+            self._used[hub.pin] = time.monotonic()
+            if hub.pin not in self._pipelines:
+                self._begin_hub(hub.pin)
+        return hub.pin
+
+    def pipelines(self) -> list[Pipeline]:
+        """Those of the hubs."""
+        with self._lock:
+            return list(self._pipelines.values())
+
+    def address(self, sink: str) -> str:
+        """Where the hub of a sink was last said to be, or ""."""
+        for pin in self._routes.pins():
+            if _sink_name(pin) == sink:
+                return self._routes.address(pin) or ""
+        return ""
+
+    def _begin_hub(self, pin: str) -> None:
+        sink = ForwardSink(
+            _sink_name(pin),
+            partial(self._reach, pin),
+            grants=partial(self._grants, pin),
+            node=self._node,
+        )
+        pipeline = Pipeline(
+            self._spool,
+            sink,
+            interval_s=self._interval_s,
+            dead_letters=self._dead_letters(sink.name),
+            wanted=partial(self._goes_to, pin),
+            reducer=self._reducer,
+            opens=False,
+            from_now=True,
+            max_backoff_s=MAX_BACKOFF_S,
+        )
+        pipeline.start()
+        self._pipelines[pin] = pipeline
+        self._used.setdefault(pin, time.monotonic())
+
+    def _goes_to(self, pin: str, info: ProducerInfo) -> bool:
+        """What is sampled of the node goes to every hub that has runs here."""
+        if info.sampled and info.run_id == node_run_id(self._node) == node_run_id(info.node):
+            return True
+        return info.hub == pin
+
+    def _reach(self, pin: str) -> tuple[str, grpc.Channel]:
+        address = self._routes.address(pin)
+        if address is None:
+            raise HubRefused(
+                f"nobody has said where the hub {pin[:PIN_CHARACTERS]} is: its runs' next ranks will"
+            )
+        return address, self._connect(address, pin)
+
+    def _grants(self, pin: str, runs: Iterable[str]) -> Mapping[str, str]:
+        found = self._routes.tokens(pin, runs)
+        if found:
+            return found
+        newest = self._routes.token(pin)
+        return {} if newest is None else dict([newest])
+
+    def _sweep_often(self) -> None:
+        while not self._stopping.wait(min(SWEEP_INTERVAL_S, self._idle_s)):
+            try:
+                self._sweep()
+            except AgentError as error:
+                logger.warning("cannot look which hubs are needed: %s; trying again", error)
+
+    def _sweep(self) -> None:
+        """Ends the sinks of hubs that nobody here delivers to any more, and that have everything."""
+        here = {info.hub for info in self._spool.not_ended().result()}
+        behind = {
+            sink["name"]: sink["batches_behind"]
+            for sink in self._spool.statistics().result()["sinks"]
+        }
+        with self._lock:
+            for pin, pipeline in list(self._pipelines.items()):
+                if pin in here:
+                    self._used[pin] = time.monotonic()
+                has_all = not behind.get(pipeline.sink_name) and not pipeline.dead_letters()[0]
+                if has_all and time.monotonic() - self._used[pin] > self._idle_s:
+                    pipeline.stop(0.0)
+                    del self._pipelines[pin], self._used[pin]
+                    self._spool.remove_sink(pipeline.sink_name).result()
+
+
+def _sink_name(pin: str) -> str:
+    return f"{HUB_SINK}{pin[:PIN_CHARACTERS]}"

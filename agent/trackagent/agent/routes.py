@@ -1,0 +1,129 @@
+"""Where the runs go that other agents take: of each hub its last address, of each run its token.
+
+An SQLite file of its own beside the spool, for the agent's user alone, written before a producer's first byte
+is taken: an agent that is started again knows as much. A hub is known by its pin; its address may change. A
+lost file costs delay: ranks that connect say it again, and what is spooled waits.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from trackagent.agent.quarantine import set_aside_database
+from trackagent.client.hub import Hub
+
+# Runs whose tokens are kept; beyond it those go that were heard of first.
+MAX_RUNS = 100_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS hubs (pin TEXT PRIMARY KEY, address TEXT NOT NULL, heard_ns INTEGER NOT NULL)
+    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS runs (
+    number INTEGER PRIMARY KEY, run_id TEXT NOT NULL, pin TEXT NOT NULL, token TEXT NOT NULL,
+    UNIQUE (run_id, pin)
+);
+"""
+
+
+class Routes:
+    """The routes in the file `path`, which is made if it is missing; a damaged one is set aside in
+    `quarantine`. Any thread may call; calls wait for the disk.
+
+    sqlite3.Error when the file cannot be read or written: then nothing has changed."""
+
+    def __init__(self, path: Path, quarantine: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        # What was noted last of each run: its ranks all say the same.
+        self._noted: dict[str, Hub] = {}
+        try:
+            self._database = self._opened()
+        except sqlite3.DatabaseError as error:
+            # Its subclasses say other things than damage: a full disk, a failing one.
+            if type(error) is not sqlite3.DatabaseError:
+                raise
+            set_aside_database(path, quarantine, str(error))
+            self._database = self._opened()
+
+    def note(self, run_id: str, hub: Hub) -> None:
+        """The run goes to this hub, which is at this address now."""
+        with self._lock:
+            if self._noted.get(run_id) == hub:
+                return
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute(
+                    "INSERT INTO hubs VALUES (?, ?, ?) ON CONFLICT DO UPDATE"
+                    " SET address = excluded.address, heard_ns = excluded.heard_ns",
+                    (hub.pin, hub.address, time.time_ns()),
+                )
+                self._database.execute(
+                    "DELETE FROM runs WHERE run_id = ? AND pin = ?", (run_id, hub.pin)
+                )
+                self._database.execute(
+                    "INSERT INTO runs (run_id, pin, token) VALUES (?, ?, ?)",
+                    (run_id, hub.pin, hub.token),
+                )
+                self._database.execute(
+                    "DELETE FROM runs WHERE number <= (SELECT max(number) FROM runs) - ?",
+                    (MAX_RUNS,),
+                )
+            if len(self._noted) >= MAX_RUNS:
+                self._noted.clear()
+            self._noted[run_id] = hub
+
+    def address(self, pin: str) -> str | None:
+        """Where the hub was last said to be, None when nobody has said."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT address FROM hubs WHERE pin = ?", (pin,)
+            ).fetchone()
+        return None if row is None else str(row[0])
+
+    def tokens(self, pin: str, run_ids: Iterable[str]) -> dict[str, str]:
+        """By run, its token at this hub; runs without one are left out."""
+        found: dict[str, str] = {}
+        with self._lock:
+            for run_id in run_ids:
+                row = self._database.execute(
+                    "SELECT token FROM runs WHERE run_id = ? AND pin = ?", (run_id, pin)
+                ).fetchone()
+                if row is not None:
+                    found[run_id] = row[0]
+        return found
+
+    def token(self, pin: str) -> tuple[str, str] | None:
+        """The newest run that goes to this hub, and its token: for calls that concern none of them."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT run_id, token FROM runs WHERE pin = ? ORDER BY number DESC LIMIT 1", (pin,)
+            ).fetchone()
+        return None if row is None else (row[0], row[1])
+
+    def pins(self) -> list[str]:
+        """The hubs that were heard of."""
+        with self._lock:
+            return [row[0] for row in self._database.execute("SELECT pin FROM hubs ORDER BY pin")]
+
+    def close(self) -> None:
+        with self._lock:
+            self._database.close()
+
+    def _opened(self) -> sqlite3.Connection:
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        database = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            database.executescript(_SCHEMA)
+            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
+        except BaseException:
+            database.close()
+            raise
+        return database

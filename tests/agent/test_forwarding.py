@@ -1,0 +1,295 @@
+"""From one agent's spool to a hub's store: once, whatever breaks on the way, and only what goes there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.agent.samples import RUN_ID, losses, metrics, producer
+from tests.agent.sinks import FakeSink
+from tests.agent.spools import OpenSpool
+from tests.fakes import DEADLINE_S, wait_until
+from trackagent.agent.deadletters import DeadLetters
+from trackagent.agent.forwarding import Forwarding
+from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.routes import Routes
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import BatchId, ProducerInfo, node_run_id
+from trackagent.client.hub import Hub
+from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
+
+PIN, TOKEN = "1" * 64, "c" * 32
+
+
+class HubServer(hub_pb2_grpc.HubServicer):
+    """A hub without TLS: takes parts into a spool of its own, and from there into a sink. answers: what the
+    next calls end with instead; forgets: whether it then has taken what it does not answer."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._spool = Spool(folder / "spool.db", max_bytes=1 << 30, linger_s=0.0)
+        self.sink = FakeSink("hub")
+        self._pipeline = Pipeline(
+            self._spool,
+            self.sink,
+            interval_s=0.01,
+            dead_letters=DeadLetters(folder / "letters", "hub", max_bytes=1 << 30),
+        )
+        self._pipeline.start()
+        self.answers: list[grpc.StatusCode] = []
+        self.takes_unanswered = False
+        self.requests: list[hub_pb2.ForwardRequest] = []
+        self.port = 0
+        self._server: grpc.Server | None = None
+        self.start()
+
+    def start(self) -> None:
+        self._server = grpc.server(ThreadPoolExecutor(4))
+        hub_pb2_grpc.add_HubServicer_to_server(self, self._server)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._server.start()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.stop(0).wait()
+
+    def close(self) -> None:
+        self.stop()
+        self._pipeline.stop(DEADLINE_S)
+        self._spool.close()
+
+    def Forward(self, request: hub_pb2.ForwardRequest, context: Any) -> hub_pb2.ForwardResponse:
+        answer = self.answers.pop(0) if self.answers else None
+        if answer is None or self.takes_unanswered:
+            for part in request.parts:
+                id_ = BatchId(part.origin, part.first, part.last)
+                self._spool.accept(id_, part.SerializeToString(), request.node).result()
+        if answer is not None:
+            context.abort(answer, "not now")
+        self.requests.append(request)
+        return hub_pb2.ForwardResponse()
+
+    def Known(self, request: hub_pb2.KnownRequest, context: Any) -> hub_pb2.KnownResponse:
+        ranges = self._spool.arrived(request.origin).result()
+        return hub_pb2.KnownResponse(last=ranges[-1][1] if ranges else 0)
+
+    @property
+    def steps(self) -> list[int]:
+        return self.sink.steps
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    server = HubServer(tmp_path / "hub")
+    yield server
+    server.close()
+
+
+class Leaf:
+    """An agent's part of forwarding, on a spool and routes of its own."""
+
+    def __init__(self, spool: Spool, folder: Path, hub: HubServer, **options: Any) -> None:
+        self.spool, self.hub = spool, hub
+        self.routes = Routes(folder / "routes.db", folder / "quarantine")
+        spool.add_sink("store").result()
+        self.reached = threading.Event()
+        self.forwarding = Forwarding(
+            spool,
+            self.routes,
+            node="host-a",
+            interval_s=0.01,
+            dead_letters=lambda sink: DeadLetters(folder / "letters", sink, max_bytes=1 << 30),
+            connect=self._connect,
+            **options,
+        )
+
+    def _connect(self, address: str, pin: str) -> grpc.Channel:
+        assert pin == PIN
+        self.reached.set()
+        return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
+
+    def open(self, rank: int = 0, **changes: Any) -> ProducerInfo:
+        """A rank whose rank 0 named the hub."""
+        named = Hub(f"127.0.0.1:{self.hub.port}", PIN, TOKEN)
+        info = producer(rank, **changes)
+        info = producer(rank, **{**changes, "hub": self.forwarding.route(info.run_id, named)})
+        self.spool.open_producer(info, {}).result()
+        return info
+
+    def log(self, info: ProducerInfo, *steps: int) -> None:
+        data = losses(range(0)) + b"".join(metrics(0, step, 0.0, 0.0) for step in steps)
+        at = self.spool.committed(info.producer_id).result().get(0, 0)
+        self.spool.append(info.producer_id, 0, at, data).result()
+
+    def close(self) -> None:
+        self.forwarding.stop(0.0)
+        self.routes.close()
+
+
+@pytest.fixture
+def leaf(open_spool: OpenSpool, tmp_path: Path, hub: HubServer) -> Iterator[Leaf]:
+    one = Leaf(open_spool(), tmp_path, hub)
+    one.forwarding.start()
+    yield one
+    one.close()
+
+
+def test_what_is_logged_reaches_the_hub(leaf: Leaf, hub: HubServer) -> None:
+    info = leaf.open()
+    leaf.log(info, 1, 2, 3)
+    wait_until(lambda: hub.steps == [1, 2, 3])
+    (batch,) = hub.sink.accepted
+    assert [one.run_id for one in batch.producers] == [RUN_ID]
+    assert batch.includes[0].origin == leaf.spool.origin().result()
+
+
+def test_the_runs_token_goes_with_it(leaf: Leaf, hub: HubServer) -> None:
+    leaf.log(leaf.open(), 1)
+    wait_until(lambda: len(hub.requests) == 1)
+    (grant,) = hub.requests[0].grants
+    assert (grant.run_id, grant.token) == (RUN_ID, TOKEN)
+
+
+def test_what_goes_elsewhere_is_not_forwarded(leaf: Leaf, hub: HubServer) -> None:
+    stays = producer(7)
+    leaf.spool.open_producer(stays, {}).result()
+    goes = leaf.open(1)
+    leaf.log(stays, 100)
+    leaf.log(goes, 1)
+    leaf.log(stays, 101)
+    leaf.log(goes, 2)
+    wait_until(lambda: hub.steps == [1, 2])
+    sent = {info.producer_id for one in hub.sink.accepted for info in one.producers}
+    assert sent == {goes.producer_id}
+
+
+def test_samples_of_the_node_go_with_its_runs(leaf: Leaf, hub: HubServer) -> None:
+    leaf.log(leaf.open(), 1)
+    node = producer(9, run_id=node_run_id("host-a"), sampled="node host-a")
+    leaf.spool.open_producer(node, {}).result()
+    leaf.log(node, 1_700_000_000)
+    wait_until(lambda: hub.steps == [1, 1_700_000_000])
+
+
+@pytest.mark.parametrize("takes", [False, True])
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.INTERNAL,
+    ],
+)
+def test_what_fails_is_sent_again_and_arrives_once(
+    leaf: Leaf, hub: HubServer, code: grpc.StatusCode, takes: bool
+) -> None:
+    hub.answers = [code, code]
+    hub.takes_unanswered = takes
+    info = leaf.open()
+    for step in range(20):
+        leaf.log(info, step)
+    wait_until(lambda: len(hub.steps) >= 20)
+    leaf.forwarding.stop(DEADLINE_S)
+    assert sorted(hub.steps) == list(range(20))
+
+
+def test_a_hub_that_goes_and_comes_back_costs_delay_alone(leaf: Leaf, hub: HubServer) -> None:
+    info = leaf.open()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    hub.stop()
+    leaf.log(info, 2)
+    (pipeline,) = leaf.forwarding.pipelines()
+    wait_until(lambda: pipeline.state == "retrying")
+    leaf.log(info, 3)
+    hub.start()
+    wait_until(lambda: hub.steps == [1, 2, 3])
+
+
+def test_a_hub_that_moved_is_found_by_its_next_address(leaf: Leaf, hub: HubServer) -> None:
+    info = leaf.open()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    hub.stop()
+    leaf.log(info, 2)
+    hub.port = 0
+    hub.start()
+    leaf.open(2)
+    wait_until(lambda: hub.steps == [1, 2])
+
+
+def test_what_a_hub_can_never_take_becomes_a_dead_letter(leaf: Leaf, hub: HubServer) -> None:
+    hub.answers = [grpc.StatusCode.INVALID_ARGUMENT]
+    info = leaf.open()
+    leaf.log(info, 1)
+    (pipeline,) = leaf.forwarding.pipelines()
+    wait_until(lambda: pipeline.dead_letters()[0] == 1)
+    leaf.log(info, 2)
+    wait_until(lambda: 2 in hub.steps)
+
+
+def test_an_agent_that_comes_later_forwards_what_is_left(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    spool = open_spool()
+    first = Leaf(spool, tmp_path, hub)
+    first.forwarding.start()
+    hub.stop()
+    first.log(first.open(), 1, 2)
+    first.close()
+    spool.close()
+    hub.start()
+    again = Leaf(open_spool(), tmp_path, hub)
+    again.forwarding.start()
+    wait_until(lambda: hub.steps == [1, 2])
+    again.close()
+
+
+def test_a_hub_that_nobody_delivers_to_any_more_is_let_go(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    leaf = Leaf(open_spool(), tmp_path, hub, idle_s=0.05)
+    leaf.forwarding.start()
+    info = leaf.open()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    assert any(name.startswith("hub-") for name in leaf.spool.sinks().result())
+    leaf.spool.end_producer(info.producer_id).result()
+    wait_until(lambda: leaf.spool.sinks().result() == ["store"])
+    leaf.log(leaf.open(3), 5)
+    wait_until(lambda: hub.steps == [1, 5])
+    leaf.close()
+
+
+def test_the_hub_of_a_run_stores_it_here_and_lets_others_in(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    noted: list[tuple[str, str]] = []
+
+    class Guests:
+        def note(self, run_id: str, token: str) -> None:
+            noted.append((run_id, token))
+
+    leaf = Leaf(open_spool(), tmp_path, hub, pin=PIN, guests=Guests())
+    leaf.forwarding.start()
+    assert leaf.open().hub == ""
+    assert noted == [(RUN_ID, TOKEN)]
+    assert leaf.forwarding.pipelines() == []
+    leaf.close()
+
+
+def test_where_all_goes_to_one_hub_rank_0_names_none(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    leaf = Leaf(open_spool(), tmp_path, hub, elsewhere=True)
+    leaf.forwarding.start()
+    assert leaf.open().hub == ""
+    assert not leaf.reached.is_set()
+    leaf.close()
