@@ -32,18 +32,19 @@ from trackagent.agent.collect.table import intervals
 from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL_NAME, AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
-from trackagent.agent.forwarding import Forwarding
+from trackagent.agent.forwarding import HUB_BACKOFF_S, UPSTREAM_SINK, Forwarding, upstream_sink
 from trackagent.agent.gate import Gate
 from trackagent.agent.health.hardware import readings
 from trackagent.agent.health.hooks import Hooks
 from trackagent.agent.health.progress import progress
+from trackagent.agent.health.settings import OF_RUNS
 from trackagent.agent.health.telling import Telling
 from trackagent.agent.health.watch import Watch
 from trackagent.agent.limits import allow_files, give_memory_back
 from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.owners import Owners
-from trackagent.agent.pipeline import Pipeline
+from trackagent.agent.pipeline import MAX_BACKOFF_S, Pipeline
 from trackagent.agent.policies import Policies
 from trackagent.agent.present import Present, RecentEvents
 from trackagent.agent.quarantine import Quarantine
@@ -238,14 +239,18 @@ async def _serve(
     reducer = partial(
         Reducer, policies=Policies(config.policies_path), keep_all_ranks=config.keep_all_ranks
     )
+    sink = upstream_sink(config, _node(config)) if config.store else StoreSink(writer)
+    await _forget_other(spool, sink.name)
     pipeline = Pipeline(
         spool,
-        StoreSink(writer),
-        interval_s=config.deliver_interval_s,
-        dead_letters=dead_letters(StoreSink.name),
+        sink,
+        interval_s=config.forward_interval_s if config.store else config.deliver_interval_s,
+        dead_letters=dead_letters(sink.name),
         observer=watch,
-        reducer=reducer(stores=True),
+        reducer=reducer(stores=not config.store),
         wanted=lambda info: not info.hub,
+        opens=not config.store,
+        max_backoff_s=HUB_BACKOFF_S if config.store else MAX_BACKOFF_S,
     )
     forwarding = Forwarding(
         spool,
@@ -254,6 +259,7 @@ async def _serve(
         interval_s=config.forward_interval_s,
         dead_letters=dead_letters,
         reducer=reducer(stores=False),
+        elsewhere=bool(config.store),
         connect=lambda address, pin: tls.channel(address, pin=pin),
     )
     quarantine = Quarantine(
@@ -348,7 +354,10 @@ async def _serve(
         scrapes.start(Exposition(sources).render)
         logger.info("Prometheus can read %s", scrapes.url)
     logger.info("trackagent %s listens at unix:%s", version, config.socket_path)
-    logger.info("runs are stored in %s", config.store_path)
+    if config.store:
+        logger.info("everything is delivered to the hub at %s", config.store)
+    else:
+        logger.info("runs are stored in %s", config.store_path)
 
     missing = await _gone(stop, locks, [*sockets, *locks])
     trimming.cancel()
@@ -377,8 +386,17 @@ async def _serve(
         what = "1 batch stays" if left == 1 else f"{left} batches stay"
         logger.warning("%s in the spool: the next agent here delivers what is left", what)
     else:
-        logger.info("stopped; everything received is stored")
+        where = "at the hub" if config.store else "stored"
+        logger.info("stopped; everything received is %s", where)
     return False
+
+
+async def _forget_other(spool: Spool, name: str) -> None:
+    """What an agent before this one delivered to its store goes to a hub now, or the other way round: with
+    the oldest batch that the other one had yet to get."""
+    (other,) = {StoreSink.name, UPSTREAM_SINK} - {name}
+    await asyncio.wrap_future(spool.add_sink(name))
+    await asyncio.wrap_future(spool.remove_sink(other))
 
 
 def _sampler(config: AgentConfig, spool: Spool, active: Active, access: Access | None) -> Sampler:
@@ -401,7 +419,7 @@ def _watch(
 
     return Watch(
         config,
-        rules=config.health_rules(),
+        rules=config.health_rules() - (OF_RUNS if config.store else frozenset()),
         readings=lambda: readings(
             sample for latest in sampler.latest().values() for sample in latest.samples
         ),

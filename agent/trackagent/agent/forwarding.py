@@ -15,6 +15,8 @@ from typing import Protocol
 
 import grpc
 
+from trackagent.agent import hubkey, tls
+from trackagent.agent.config import AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
 from trackagent.agent.pipeline import Pipeline
@@ -28,9 +30,10 @@ from trackagent.client.hub import Hub
 logger = logging.getLogger(__name__)
 
 HUB_SINK = "hub-"
+UPSTREAM_SINK = "upstream"
 PIN_CHARACTERS = 16
 # A hub that is back is found within about this time.
-MAX_BACKOFF_S = 5.0
+HUB_BACKOFF_S = 5.0
 # How long a hub's sink stays when nobody delivers to it.
 IDLE_S = 60.0
 SWEEP_INTERVAL_S = 10.0
@@ -148,7 +151,7 @@ class Forwarding:
             reducer=self._reducer,
             opens=False,
             from_now=True,
-            max_backoff_s=MAX_BACKOFF_S,
+            max_backoff_s=HUB_BACKOFF_S,
         )
         pipeline.start()
         self._pipelines[pin] = pipeline
@@ -198,6 +201,26 @@ class Forwarding:
                     pipeline.stop(0.0)
                     del self._pipelines[pin], self._used[pin]
                     self._spool.remove_sink(pipeline.sink_name).result()
+
+
+def upstream_sink(config: AgentConfig, node: str) -> ForwardSink:
+    """The sink of an agent that delivers everything to the hub `config.store`. AgentError when what makes it
+    known there, or it here, cannot be read."""
+    files = tls.Files(ca=config.tls_ca, certificate=config.tls_cert, key=config.tls_key)
+    token = "" if config.token_file is None else hubkey.read_token(config.token_file)
+    # With a CA the hub's certificate is its own.
+    pin = hubkey.pin_of_token(token) if token and config.tls_ca is None else ""
+
+    def connect() -> tuple[str, grpc.Channel]:
+        return config.store, tls.channel(config.store, pin=pin, files=files)
+
+    return ForwardSink(
+        UPSTREAM_SINK,
+        connect,
+        grants=lambda runs: {},
+        authorization=f"Bearer {token}" if token else "",
+        node=node,
+    )
 
 
 def _sink_name(pin: str) -> str:

@@ -17,6 +17,10 @@ RULES = {
 }
 
 
+# What a hub judges, which knows the ranks of all nodes.
+OF_RUNS = frozenset({"hang", "straggler", "nonfinite", "spike", "silent_node"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
     """As the agent's configuration gives them, under the same names; docs/health.md explains each rule."""
