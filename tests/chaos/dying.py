@@ -49,7 +49,9 @@ class Death:
         if not folder.endswith("/trackagent/client"):
             return False
         makes = name in ("segment.py", "folder.py") or frame.f_code.co_name in MAKE_SEGMENTS
-        return makes or (self._where == "records" and name in ("run.py", "journal.py"))
+        return makes or (
+            self._where == "records" and name in ("run.py", "producer.py", "journal.py")
+        )
 
 
 def logs(where: str, producer: Producer, notes: Path, instruction: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 
 class TrackagentError(Exception):
     """Base of every error this package raises; the message says what to do next. `reason` is the name under
@@ -42,3 +44,24 @@ class ValueRefused(TrackagentError, ValueError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+# What log() itself may run into, a full memory included; see is_a_handlers.
+_OUR_ERRORS = (
+    OSError,
+    MemoryError,
+    TrackagentError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+)
+
+
+def is_a_handlers(error: Exception) -> bool:
+    """Whether a signal handler raised it: log() itself runs into nothing of that kind. Values, steps and
+    times that raise are dealt with where they are converted."""
+    return isinstance(error, TimeoutError) or not isinstance(error, _OUR_ERRORS)

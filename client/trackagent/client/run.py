@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import struct
-import sys
-import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Mapping
 from time import time_ns
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from trackagent.client import device, record, reductions, values
+from trackagent.client import device, given, record, reductions, values
 from trackagent.client.config import SOCKET_NAME, ClientConfig
 from trackagent.client.errors import (
     ConfigError,
     JournalError,
-    TooManyCalls,
     TrackagentError,
     ValueRefused,
+    is_a_handlers,
 )
 from trackagent.client.exits import ending_of
 from trackagent.client.instrument import Timer
-from trackagent.client.journal import Journal, Lane
+from trackagent.client.journal import Lane
+from trackagent.client.producer import Producer, encode, no_lane, open_producers
 from trackagent.client.record import Kind
-from trackagent.client.refusals import Refusals
-from trackagent.client.sender import Sender
 from trackagent.client.torchmemory import TorchMemory
 
 if TYPE_CHECKING:
@@ -42,32 +34,12 @@ logger = logging.getLogger("trackagent")
 LEVELS = ("info", "warning", "error")
 STATUSES = ("finished", "failed", "killed")
 
-# What log() itself may run into, a full memory included; see _is_a_handlers.
-_OUR_ERRORS = (
-    OSError,
-    MemoryError,
-    TrackagentError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-)
-
 # How often finish() looks whether the agent has taken a journal that has no sender.
 POLL_S = 0.05
-# How often it looks whether the last values have come from devices.
-DEVICE_POLL_S = 0.005
-
-# Types that cannot be on a device; numpy's scalars are added when numpy is seen.
-_plain_types: set[type] = {float, int, bool}
 
 
-class Run:
-    """One producer: this process's part of a run. Made by `trackagent.client.init`, which states
-    the arguments.
+class Run(Producer):
+    """This process's part of a run. Made by `trackagent.client.init`, which states the arguments.
 
     All methods may be called from any thread and from signal handlers. `log` and the other logging methods do
     no I/O, hold no lock, and raise nothing unless strict; what they refuse is counted by reason, shown in the
@@ -75,10 +47,6 @@ class Run:
 
     As a context manager the run finishes at the end of the block, as failed when an exception leaves it.
     """
-
-    _take: Callable[[], Lane]
-    _opening: threading.RLock
-    _is_opening: bool
 
     def __init__(
         self,
@@ -93,74 +61,20 @@ class Run:
         rings: device.Rings = device.rings,
         torch_memory: TorchMemory | None = None,
     ) -> None:
-        self.id = who.run_id
-        self.attempt = who.attempt
-        self.rank = who.rank
-        self.world_size = who.world_size
-        self.experiment = experiment
-        self.name = run_name
-        self.status = "running"
         self._delivered = False
-        self._config = config
-        self._who = who
-        self._groups = dict(groups or {})
-        self._strict = strict
         self._on_finish = on_finish
-        self._rings = rings
-        self._torch_memory = torch_memory or TorchMemory()
-        self._last_step = -1
         self._params: dict[str, str] = {}
-        self._warned: set[tuple[str, str]] = set()
-        self._is_plain = _plain_types.issuperset
-        self._open(forked=False)
-        _open_runs.add(self)
-
-    def _open(self, *, forked: bool) -> None:
-        """Begins a producer: a journal, and the thread that delivers it."""
-        self._refusals = Refusals()
-        self._warnings: deque[str] = deque(maxlen=100)
-        self._finishing = threading.Lock()
-        who = self._who
-        producer = {
-            "producer_id": os.urandom(16).hex(),
-            "run_id": who.run_id,
-            "attempt": who.attempt,
-            "rank": who.rank,
-            "local_rank": who.local_rank,
-            "world_size": who.world_size,
-            "node": who.node,
-            "pid": os.getpid(),
-            # A clock that was never set may stand before 1970, which no identity may.
-            "start_time_ns": max(0, time_ns()),
-            "experiment": self.experiment,
-            "run_name": self.name,
-            "forked": forked,
-            "job_time_ns": max(0, who.job_time_ns),
-            "groups": self._groups,
-        }
-        if who.hub is not None:
-            producer["hub"] = who.hub.text()
-        # gRPC does not survive a fork: such a process only writes its journal, and the agent reads that.
-        if forked or _grpc_is_lost:
-            producer["sender"] = False
-            self._sender = None
-        else:
-            self._sender = Sender(producer, self._config, self._housekeep)
-        self._journal = Journal(
-            producer,
-            directory=self._config.directory,
-            state_directory=self._config.state_directory,
-            segment_bytes=self._config.segment_bytes,
-            memory_bytes=self._config.memory_bytes,
-            journal_bytes=self._config.journal_bytes,
-            wake=self._sender.wake if self._sender else None,
+        self._is_plain = given.plain_types.issuperset
+        super().__init__(
+            config=config,
+            who=who,
+            experiment=experiment,
+            run_name=run_name,
+            groups=groups,
+            strict=strict,
+            rings=rings,
+            torch_memory=torch_memory,
         )
-        self._looking = threading.Lock()
-        self._in_flight = device.InFlight(self._rings, self._sender.wake if self._sender else None)
-        self._forked_without_journal = False
-        self._take = self._journal.take
-        if self._sender:
-            self._sender.start(self._journal)
 
     # --- logging
 
@@ -184,7 +98,7 @@ class Run:
         is refused.)
         """
         if weight is not None:
-            metrics = _weighed(metrics, weight)
+            metrics = given.weighed(metrics, weight)
         try:
             lane = self._take()
         except IndexError:
@@ -302,7 +216,7 @@ class Run:
         if not self._finishing.acquire(blocking=False):
             return self._delivered
         if self._forked_without_journal:
-            _open_runs.discard(self)
+            open_producers.discard(self)
             # Not the parent's run, of which this process has logged nothing.
             self._forked_without_journal = False
             self._journal.seal(0.0, _FINISHED)
@@ -311,21 +225,21 @@ class Run:
             return True
         deadline = time.monotonic() + self._config.exit_timeout_s
         self._on_finish(deadline)
-        self._wait_for_devices(time.monotonic() + (deadline - time.monotonic()) / 2)
+        self._landing.wait(time.monotonic() + (deadline - time.monotonic()) / 2, self._lane)
         self.status = status
-        self._take = _no_lane
+        self._take = no_lane
         lane = self._journal.seal(0.5, _FINISHED)
         end_written = False
         try:
             if lane is not None:
-                self._give_devices_up(lane)
+                self._landing.give_up(lane)
                 self._refusals.write(self._journal, lane, last=True)
                 ending = {
                     "status": status,
                     "error": reason,
                     "records": self._journal.records,
                 }
-                self._journal.write(lane, _encode(Kind.FINISH, ending), last_words=True)
+                self._journal.write(lane, encode(Kind.FINISH, ending), last_words=True)
                 end_written = True
         except TrackagentError as problem:
             self._warn("journal full", "finish", str(problem))
@@ -333,34 +247,11 @@ class Run:
             self._delivered = self._sender.drain(deadline) and end_written
         self._journal.close(remove=self._sender is None or self._sender.ended)
         # Not before: a process that is forked meanwhile has to give the lock up.
-        _open_runs.discard(self)
+        open_producers.discard(self)
         if self._sender is None and wait and end_written:
             self._delivered = self._taken_by_agent(deadline)
         self._emit_warnings()
         return self._delivered
-
-    def _wait_for_devices(self, until: float) -> None:
-        """Until all values have come from devices, or time.monotonic() is `until`."""
-        while self._in_flight and time.monotonic() < until:
-            with contextlib.suppress(TrackagentError):
-                lane = self._lane()
-                try:
-                    self._journal_landed(lane)
-                finally:
-                    lane.give_back(lane)
-            if self._in_flight:
-                time.sleep(DEVICE_POLL_S)
-
-    def _give_devices_up(self, lane: Lane) -> None:
-        """At the end, when nobody logs any more: what has not come from devices by now is lost."""
-        self._journal_landed(lane)
-        for step in self._in_flight.give_up():
-            self._lose(
-                "not computed in time",
-                step,
-                "some values were still being computed by a device when the run finished, and are lost: "
-                "synchronize with it before finish()",
-            )
 
     def _taken_by_agent(self, deadline: float) -> bool:
         """Waits until the agent has read the closed journal and deleted it; not where no agent listens."""
@@ -392,35 +283,17 @@ class Run:
     ) -> None:
         self.finish(*ending_of(error))
 
+    def _after_fork_in_child(self) -> None:
+        super()._after_fork_in_child()
+        self._on_finish = lambda deadline: None
+
     # --- off the fast path
-
-    def _another_lane(self) -> Lane:
-        """For a call that finds every lane taken: by other threads, by the call that a signal
-        handler interrupts, or since this process was forked, or since the run has finished.
-        JournalError when there is none."""
-        if self._forked_without_journal:
-            self._open_in_child()
-            return self._lane()
-        return self._journal.add_lane()
-
-    def _open_in_child(self) -> None:
-        """The first log call in a forked process opens its journal, and calls in other threads wait for
-        that. One in a signal handler that interrupts it is refused: it cannot wait for itself."""
-        with self._opening:
-            if self._forked_without_journal and self._is_opening:
-                raise TooManyCalls("a journal is just being opened for this forked process")
-            if self._forked_without_journal:
-                self._is_opening = True
-                try:
-                    self._open(forked=True)
-                finally:
-                    self._is_opening = False
 
     def _log_without_lane(self, metrics: Any, step: Any, timestamp: Any) -> None:
         try:
             lane = self._another_lane()
         except Exception as error:
-            if _is_a_handlers(error):
+            if is_a_handlers(error):
                 raise
             self._refuse([("log", error)], lost_at=self._passed_over(error, step))
             return
@@ -440,22 +313,8 @@ class Run:
                 raise ValueRefused("not a dict", problem)
             number = self._last_step + 1 if step is None else values.to_step(step)
             time_ns = values.to_time_ns(timestamp)
-            numbers: dict[str, float] = {}
-            on_devices: dict[str, Any] = {}
             known = tuple(metrics) in lane.segment.schemas
-            for key, value in metrics.items():
-                try:
-                    if not known:
-                        values.check_key(key)
-                    if type(value) is not float and values.is_on_gpu(value):
-                        on_devices[key] = values.to_copy(key, value)
-                    else:
-                        numbers[key] = values.to_float(key, value)
-                except ValueRefused as error:
-                    refused.append((str(key), error))
-                else:
-                    if type(value).__module__ == "numpy" and not hasattr(value, "__len__"):
-                        _plain_types.add(type(value))
+            numbers, on_devices = given.parts_of(metrics, refused, known=known)
             # A weight goes with each of the records that it is for.
             weight = {key: numbers.pop(key) for key in (reductions.WEIGHT_KEY,) if key in numbers}
             if numbers:
@@ -465,65 +324,17 @@ class Run:
                 self._last_step = number
             if on_devices:
                 self._last_step = lost_at = number
-                self._in_flight.queue(on_devices, step=number, time_ns=time_ns, beside=weight)
+                self._landing.queue(on_devices, step=number, time_ns=time_ns, beside=weight)
                 lost_at = None
-                # The sender's thread may be held up for seconds, as by an agent that hangs.
-                if self._sender is None or self._in_flight.is_filled(0.75):
-                    self._journal_landed(lane, most=4)
+                if self._landing.is_for_loggers:
+                    self._landing.write(lane, most=4)
         except Exception as error:
-            if type(metrics) is dict and _is_a_handlers(error):
+            if type(metrics) is dict and is_a_handlers(error):
                 raise
             refused.append(("log", error))
             if lost_at is None:
                 lost_at = self._passed_over(error, number)
         self._refuse(refused, lost_at=lost_at)
-
-    def _journal_landed(self, lane: Lane, most: int | None = None) -> None:
-        """Writes, in the taken lane, the records whose values have come from devices since the last look:
-        looks for all, or for the `most` oldest. Whoever comes second need not wait."""
-        if not self._looking.acquire(blocking=False):
-            return
-        try:
-            for one in self._in_flight.landed(most):
-                try:
-                    self._journal.write_metrics(
-                        lane, one.values, step=one.step, time_ns=one.time_ns
-                    )
-                    lane.state.records += 1
-                except TrackagentError as error:
-                    self._lose(error.reason, one.step, str(error))
-        finally:
-            self._looking.release()
-
-    def _read_torch_memory(self) -> dict[str, float]:
-        # Without a sender's thread of its own this is a thread of the training's; before the first step, a
-        # record would begin the curves at a step of ours.
-        if self._sender is None or self._last_step < 0:
-            return {}
-        try:
-            return self._torch_memory.read()
-        except Exception as error:
-            problem = (
-                f"torch cannot say what it has allocated ({error!r}): it is not asked any more"
-            )
-            self._warn("torch memory", "cuda", problem)
-            return {}
-
-    def _journal_torch_memory(self, lane: Lane, memory: dict[str, float]) -> None:
-        """At the last step: a step under way that never ends must not look like one that has."""
-        if not memory:
-            return
-        step = self._last_step
-        try:
-            self._journal.write_metrics(lane, memory, step=step, time_ns=time_ns())
-            lane.state.records += 1
-        except TrackagentError as error:
-            self._lose(error.reason, step, str(error))
-
-    def _lose(self, reason: str, step: int, problem: str) -> None:
-        """Counts a record that `log()` took and that did not come."""
-        self._refusals.add(reason, step, self._journal.records)
-        self._warn(reason, "log", problem)
 
     def _passed_over(self, error: Exception, step: Any) -> int | None:
         """The step of a call that found no room, None where it has none. It counts as a step all the same:
@@ -553,28 +364,12 @@ class Run:
             at = self._last_step + 1 if isinstance(error, JournalError) else None
             self._refuse([("timer", error)], lost_at=at)
 
-    def _texts(
-        self, what: str, items: Mapping[str, Any]
-    ) -> tuple[dict[str, str], list[tuple[str, Exception]]]:
+    def _texts(self, what: str, items: Mapping[str, Any]) -> tuple[dict[str, str], given.Refused]:
         """Keys and texts of params or tags, and what is refused."""
-        texts: dict[str, str] = {}
-        refused: list[tuple[str, Exception]] = []
-        try:
-            if not isinstance(items, Mapping):
-                problem = f"{what}s must be a dict, not {type(items).__name__}"
-                return texts, [(what, ValueRefused("not a dict", problem))]
-            for key, value in values.flatten(items):
-                try:
-                    texts[values.check_key(key, f"{what} key")], cut = values.to_text(value)
-                    if cut:
-                        kept = len(texts[key])
-                        self._warn(
-                            f"{what} cut", key, f"the {what} {key!r} was cut to {kept} characters"
-                        )
-                except Exception as error:
-                    refused.append((key, error))
-        except Exception as error:  # the mapping's own, or it contains itself
-            refused.append((what, error))
+        texts, cut, refused = given.texts_of(what, items)
+        for key in cut:
+            kept = len(texts[key])
+            self._warn(f"{what} cut", key, f"the {what} {key!r} was cut to {kept} characters")
         return texts, refused
 
     def _write_texts(
@@ -590,119 +385,8 @@ class Run:
                 refused += [(key, error) for key in group]
         self._refuse(refused)
 
-    def _write(self, kind: Kind, data: Mapping[str, Any], step: int = record.NO_STEP) -> None:
-        lane = self._lane()
-        try:
-            self._journal.write(lane, _encode(kind, data, step))
-        finally:
-            lane.give_back(lane)
-
-    def _lane(self) -> Lane:
-        try:
-            return self._take()
-        except IndexError:
-            return self._another_lane()
-
-    # --- what is refused
-
-    def _refuse(self, refused: list[tuple[str, Exception]], *, lost_at: int | None = None) -> None:
-        """Counts each by its reason and warns once of each; raises the first one if strict. lost_at: the step
-        of a log call of which, by the last of these, nothing was kept."""
-        for name, error in refused:
-            known = isinstance(error, TrackagentError)
-            reason = error.reason if isinstance(error, TrackagentError) else "error"
-            at = lost_at if error is refused[-1][1] else None
-            self._refusals.add(reason, at, self._journal.records)
-            self._warn(reason, name, str(error) if known else repr(error))
-        if refused and self._sender is None:
-            # A forked process has no sender's thread that would do these.
-            if not self._forked_without_journal:
-                self._journal.prepare()
-            self._housekeep()
-        elif refused and self.status != "running":
-            self._emit_warnings()
-        if refused and self._strict:
-            raise refused[0][1] from None
-
-    def _warn(self, reason: str, name: str, message: str) -> None:
-        """Once for each reason and name; written by the sender's thread, since a log handler may block."""
-        if (reason, name) not in self._warned and len(self._warned) < 1000:
-            self._warned.add((reason, name))
-            self._warnings.append(message)
-
-    def _emit_warnings(self) -> None:
-        while self._warnings:
-            logger.warning("%s", self._warnings.popleft())
-
-    def _housekeep(self) -> None:
-        """On the sender's thread, every flush interval."""
-        self._emit_warnings()
-        memory = self._read_torch_memory()
-        if memory or self._in_flight.is_worth_a_look or self._refusals.unwritten:
-            try:
-                lane = self._take()
-            except IndexError:
-                return
-            try:
-                self._journal_landed(lane)
-                self._journal_torch_memory(lane, memory)
-                # Without room now, the counts are written when there is.
-                with contextlib.suppress(TrackagentError):
-                    self._refusals.write(self._journal, lane)
-            finally:
-                lane.give_back(lane)
-
-    def _after_fork_in_child(self) -> None:
-        """Gives up the parent's lock and touches nothing else of the parent's. If this process
-        logs, it opens a journal of its own."""
-        self._take = _no_lane
-        self._forked_without_journal = True
-        self._is_opening = False
-        self._finishing = threading.Lock()
-        self._on_finish = lambda deadline: None
-        self._opening = threading.RLock()
-        # The parent's values come to the parent.
-        self._in_flight = device.InFlight(self._rings, None)
-        self._journal.abandon_in_child()
-
 
 _FINISHED = "the run has finished: log before finish(), or call init() again"
-_open_runs: weakref.WeakSet[Run] = weakref.WeakSet()
-# This process was forked from one that had loaded gRPC, whose threads it lacks.
-_grpc_is_lost = False
-
-
-def _after_fork_in_child() -> None:
-    from trackagent.client.history import run_is_inherited  # which init() has imported
-
-    global _grpc_is_lost
-    _grpc_is_lost = _grpc_is_lost or "grpc" in sys.modules
-    for run in list(_open_runs):
-        run._after_fork_in_child()
-        run_is_inherited(run.id)
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _weighed(metrics: Any, weight: Any) -> Any:
-    """The metrics with their weight; one that is none is refused when its number is asked for."""
-    try:
-        number: Any = reductions.to_weight(weight)
-    except ValueRefused as error:
-        number = reductions.RefusedWeight(error)
-    try:
-        return {**metrics, reductions.WEIGHT_KEY: number}
-    except Exception as error:
-        if _is_a_handlers(error):
-            raise
-        return metrics  # which log() will refuse
-
-
-def _is_a_handlers(error: Exception) -> bool:
-    """Whether a signal handler raised it: log() itself runs into nothing of that kind. Values, steps and
-    times that raise are dealt with where they are converted."""
-    return isinstance(error, TimeoutError) or not isinstance(error, _OUR_ERRORS)
 
 
 def _shown(value: object) -> str:
@@ -710,11 +394,3 @@ def _shown(value: object) -> str:
         return repr(value)[:60]
     except Exception:
         return f"a {type(value).__name__}"
-
-
-def _no_lane() -> Lane:
-    raise IndexError
-
-
-def _encode(kind: Kind, data: Mapping[str, Any], step: int = record.NO_STEP) -> bytes:
-    return record.encode_json(kind, data, step=step, time_ns=time_ns())
