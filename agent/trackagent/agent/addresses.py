@@ -9,13 +9,15 @@ HUB_PORT = 7717
 _NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 
 
-def hub_address(text: str, *, anywhere: bool = False) -> tuple[str, int]:
-    """Host and port of HOST, HOST:PORT or [IPv6]:PORT; the port is HUB_PORT where none is given. anywhere:
-    the host may be left out, ":7717", and is "" then. ValueError says what is wrong."""
+def hub_address(
+    text: str, *, anywhere: bool = False, default_port: int = HUB_PORT
+) -> tuple[str, int]:
+    """Host and port of HOST, HOST:PORT or [IPv6]:PORT. anywhere: the host may be left out, ":7717", and is ""
+    then. ValueError says what is wrong."""
     example = "such as 10.0.0.1:7717" + (", or :7717 for all addresses of this node" * anywhere)
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon:
-        host, port = text, str(HUB_PORT)
+        host, port = text, str(default_port)
     if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
         raise ValueError(f"give HOST:PORT, {example}")
     if host.startswith("[") and host.endswith("]"):

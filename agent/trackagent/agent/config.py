@@ -276,6 +276,11 @@ class AgentConfig(Thresholds):
         return self.directory / "private" / "s"
 
     @property
+    def inner_hub_path(self) -> Path:
+        """Where the hub's service listens, for the port of other nodes (listener.py)."""
+        return self.directory / "private" / "h"
+
+    @property
     def owners_path(self) -> Path:
         """Whose each run is, where a group is served."""
         return self.state_directory / OWNERS_NAME

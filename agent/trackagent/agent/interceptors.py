@@ -48,6 +48,13 @@ class Discreet(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
                     return await handler.unary_unary(request, context)
 
             return grpc.unary_unary_rpc_method_handler(answer, *codec)
+        if handler.stream_unary is not None:
+
+            async def take(requests: AsyncIterator[object], context: Context) -> object:
+                async with _unexpected_is_logged(method, context):
+                    return await handler.stream_unary(requests, context)
+
+            return grpc.stream_unary_rpc_method_handler(take, *codec)
         if handler.stream_stream is not None:
 
             async def serve(requests: AsyncIterator[object], context: Context) -> None:

@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 from trackagent.agent import hubkey
 from trackagent.agent.addresses import hub_address, joined
+from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -57,6 +58,11 @@ class Files:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+
+    @classmethod
+    def of(cls, config: AgentConfig) -> Files:
+        """Those that the agent was told of."""
+        return cls(config.tls_ca, config.tls_cert, config.tls_key)
 
 
 def server_context(key: hubkey.HubKey, ca: Path | None) -> ssl.SSLContext:
@@ -107,6 +113,21 @@ def channel(
             *options,
         ],
     )
+
+
+def store_channel(config: AgentConfig) -> grpc.Channel:
+    """As `channel`, to the hub that everything is delivered to: known by the CA, or else by the token."""
+    pin = ""
+    if config.tls_ca is None and config.token_file is not None:
+        pin = hubkey.pin_of_token(hubkey.read_token(config.token_file))
+    return channel(config.store, pin=pin, files=Files.of(config))
+
+
+def bearer(config: AgentConfig) -> tuple[tuple[str, str], ...]:
+    """What tells a hub that this agent has the cluster's token; nothing where it has none. BadKey."""
+    if config.token_file is None:
+        return ()
+    return (("authorization", f"Bearer {hubkey.read_token(config.token_file)}"),)
 
 
 def hello(
@@ -228,14 +249,14 @@ class _Talk:
                 raise self._distrust(error) from None
             else:
                 break
+        self._flush()
         if self._tls.selected_alpn_protocol() != PROTOCOL:
             raise Untrusted(f"{self._address} is no hub: it speaks another protocol over TLS")
         return self._tls.getpeercert(binary_form=True) or b""
 
     def greet(self) -> None:
-        """Says who is here, and waits for the answer: in TLS 1.3 only that tells that a server has taken a
-        client's certificate."""
-        self._tls.write(GREETING)
+        """Waits for the server's first word, which in TLS 1.3 is the first to tell that it has taken our
+        certificate, and then says its own, which tells it that it is trusted."""
         word = b""
         while len(word) < _FRAME_BYTES:
             try:
@@ -250,6 +271,8 @@ class _Talk:
                 word += more
         if word[3] != _SETTINGS:
             raise Untrusted(f"{self._address} is no hub: it does not answer as one")
+        self._tls.write(GREETING)
+        self._flush()
 
     def _exchange(self) -> None:
         """Sends what is to be sent, and receives more."""

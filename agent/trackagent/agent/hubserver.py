@@ -1,0 +1,170 @@
+"""What an agent with --listen has beside others: a key, tokens, a port for other nodes, and the file in which
+the ranks of its node learn how those reach it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sqlite3
+import ssl
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+
+from trackagent.agent import hubkey, tls
+from trackagent.agent.addresses import hub_address, is_wildcard, joined
+from trackagent.agent.config import AgentConfig
+from trackagent.agent.errors import AgentError
+from trackagent.agent.hub import MAX_MESSAGE_BYTES, SERVICE, Hub, Receiving
+from trackagent.agent.interceptors import Discreet
+from trackagent.agent.listener import Listener
+from trackagent.agent.meeting import Meetings
+from trackagent.agent.refusals import Refusals
+from trackagent.agent.server import MAX_CALLS, MAX_METADATA_BYTES
+from trackagent.agent.tokens import TokenTable
+from trackagent.client.trust import private_folder
+
+logger = logging.getLogger(__name__)
+
+FILE_VERSION = 1
+# Connections on which nobody calls are closed after it; who has something to say connects anew.
+_IDLE_S = 600
+# Beside those of the listener: a peer may ask whether a connection still stands.
+_PING_S = tls.KEEPALIVE_S // 2
+
+
+class HubServer:
+    """Made before anything listens: AgentError where the key, the token or the CA's files cannot be used.
+
+    pin: who this hub is. tokens: which run tokens are good here."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._token = "" if config.token_file is None else hubkey.read_token(config.token_file)
+        if config.tls_cert is not None and config.tls_key is not None:
+            key = hubkey.of_files(config.tls_cert, config.tls_key)
+        else:
+            key = hubkey.own(config.hub_path, config.quarantine_path, self._token)
+        self._context: ssl.SSLContext = tls.server_context(key, config.tls_ca)
+        self.pin = key.pin
+        try:
+            self.tokens = TokenTable(config.tokens_path, config.quarantine_path)
+        except (OSError, sqlite3.Error) as error:
+            raise AgentError(
+                f"cannot open {config.tokens_path}, which says who may deliver here: {error}"
+            ) from error
+        self._listener: Listener | None = None
+        self._server: grpc.aio.Server | None = None
+        self._hub: Hub | None = None
+        # Where it listens, with the port that was free; "" before it does.
+        self.address = ""
+
+    async def start(self, spool: Receiving, meetings: Meetings, version: str) -> None:
+        """Takes what other nodes forward into the spool. AgentError where it cannot listen."""
+        config, refusals = self._config, Refusals()
+        host, port = hub_address(config.listen, anywhere=True)
+        inner = config.inner_hub_path
+        self._listener = Listener(
+            host,
+            port,
+            inner,
+            self._context,
+            refusals,
+            max_connections=config.max_streams,
+        )
+        self._hub = Hub(
+            spool,
+            self.tokens,
+            meetings,
+            refusals,
+            self._listener.peer,
+            cluster_token=self._token,
+            version=version,
+        )
+        try:
+            private_folder(inner.parent)
+            inner.unlink(missing_ok=True)
+            self._server = await _served(self._hub, inner)
+            port = self._listener.start()
+        except (OSError, OverflowError) as error:
+            raise AgentError(
+                f"cannot listen at {config.listen}: {error}; give another --listen"
+            ) from error
+        self.address = joined(host or "*", port)
+        self._say(joined(*_advertised(config, host, port)))
+        logger.info("other nodes may deliver at %s (pin %s)", self.address, self.pin)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more; calls under way have grace_s to end."""
+        if self._server is not None:
+            forget(self._config)
+            await self._server.stop(grace_s)
+        if self._listener is not None:
+            await self._listener.stop()
+        if self._hub is not None:
+            self._hub.close()
+
+    def close(self) -> None:
+        self.tokens.close()
+
+    def _say(self, address: str) -> None:
+        """Writes hub.json for the ranks of this node. The whole of it or nothing; no token stands there."""
+        path = self._config.hub_file_path
+        text = json.dumps({"version": FILE_VERSION, "address": address, "pin": self.pin})
+        new = path.with_suffix(".new")
+        try:
+            new.unlink(missing_ok=True)
+            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "w") as file:
+                file.write(f"{text}\n")
+            if self._config.group is not None:
+                shutil.chown(new, group=self._config.group)
+                new.chmod(0o640)
+            new.rename(path)
+        except (OSError, LookupError) as error:
+            raise AgentError(
+                f"cannot write {path}, in which ranks look for the hub: {error}"
+            ) from error
+
+
+def forget(config: AgentConfig) -> None:
+    """Removes what an agent of this folder has said about a hub: none takes anything there any more."""
+    with contextlib.suppress(OSError):
+        config.hub_file_path.unlink(missing_ok=True)
+
+
+def _advertised(config: AgentConfig, host: str, port: int) -> tuple[str, int]:
+    """Where others find this agent; the host is "" where that is not clear."""
+    if config.advertise:
+        return hub_address(config.advertise, default_port=port)
+    return "" if is_wildcard(host) else host, port
+
+
+async def _served(hub: Hub, path: Path) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        interceptors=[Discreet()],
+        options=[
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_concurrent_streams", MAX_CALLS),
+            ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+            ("grpc.max_connection_idle_ms", _IDLE_S * 1000),
+            ("grpc.http2.min_ping_interval_without_data_ms", _PING_S * 1000),
+        ],
+    )
+    server.add_generic_rpc_handlers((hub.handler(),))
+    health = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError as error:
+        raise OSError(f"cannot listen at unix:{path}: {error}") from error
+    await server.start()
+    for service in ("", SERVICE):
+        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
+    return server

@@ -1,0 +1,255 @@
+"""The port of a hub: ends TLS, knows who is at the other end, and passes the bytes on to the service's own
+socket, which only the agent's user can reach.
+
+gRPC would do the TLS too, but says neither why a handshake failed nor how much a peer sends. Here each
+connection has a deadline for its handshake; each host has a share of the connections and of the bytes per
+second, and whoever sends more is read more slowly. As at the gate (gate.py), this end of the second
+connection has a name of its own, which gRPC shows as the peer. All of it runs in the loop that starts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from trackagent.agent import tls
+from trackagent.agent.refusals import Refusals
+from trackagent.agent.relay import Bucket, Secured, Side
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 512
+RETRY_S = 0.1
+HANDSHAKE_S = 10.0
+MAX_HANDSHAKES, MAX_HANDSHAKES_OF_A_HOST = 256, 32
+# What one host may send on all its connections, and at once.
+BYTES_PER_S, BURST_BYTES = 32 * 1024 * 1024, 64 * 1024 * 1024
+_MAX_BUCKETS = 4096
+_LAST_WORDS_S = 5.0
+# A peer that is gone without a word is noticed after about a minute.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end: its address, and the name in its certificate by the hub's CA, "" if none."""
+
+    host: str
+    certified: str = ""
+
+
+class Listener:
+    """Listens at host and port ("" and "::": all addresses; 0: any that is free) for the service at `inner`.
+
+    max_connections: of all hosts together; one may have half of them."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        inner: Path,
+        context: ssl.SSLContext,
+        refusals: Refusals,
+        *,
+        max_connections: int,
+        handshake_s: float = HANDSHAKE_S,
+        bytes_per_s: float = BYTES_PER_S,
+        burst_bytes: int = BURST_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._host, self._port, self._inner = host, port, inner
+        self._context, self._refusals = context, refusals
+        self._most, self._handshake_s = max_connections, handshake_s
+        self._new_bucket = partial(Bucket, bytes_per_s, burst_bytes, clock)
+        # In the names of this listener's ends, so that nobody else's can look like one.
+        self._token = secrets.token_hex(8)
+        self._numbers = count()
+        self._peers: dict[str, Peer] = {}
+        self._connections: Counter[str] = Counter()
+        self._handshakes: Counter[str] = Counter()
+        self._buckets: dict[str, Bucket] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> int:
+        """Listens; the port. OSError when it cannot."""
+        listener = _listening(self._host, self._port)
+        self._spawn(self._accept(listener))
+        return int(listener.getsockname()[1])
+
+    async def stop(self) -> None:
+        """Ends all connections."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def peer(self, name: str) -> Peer | None:
+        """Who is behind a peer as gRPC names it; None for one that did not come through here."""
+        return self._peers.get(name)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        told = False
+        with listener:
+            while True:
+                try:
+                    client, address = await loop.sock_accept(listener)
+                except OSError as error:
+                    # Most likely no descriptor is left.
+                    if not told:
+                        logger.warning("cannot take a connection: %s; trying again", error)
+                    told = True
+                    await asyncio.sleep(RETRY_S)
+                else:
+                    told = False
+                    self._spawn(self._serve(client, _plain(address[0])))
+
+    async def _serve(self, client: socket.socket, host: str) -> None:
+        with contextlib.closing(client):
+            if (why := self._too_many(host)) is not None:
+                self._refusals.tell(host, why)
+                return
+            self._connections[host] += 1
+            try:
+                with contextlib.suppress(OSError):
+                    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    for option, value in _KEEPALIVE:
+                        client.setsockopt(socket.IPPROTO_TCP, option, value)
+                outer = await self._greeted(client, host)
+                if outer is not None:
+                    await self._joined(outer, host)
+            except OSError as error:
+                logger.debug("a connection of %s ended: %s", host, error)
+            finally:
+                _less(self._connections, host)
+
+    def _too_many(self, host: str) -> str | None:
+        """Why the host may not connect now."""
+        if self._handshakes[host] >= MAX_HANDSHAKES_OF_A_HOST or (
+            self._handshakes.total() >= MAX_HANDSHAKES
+        ):
+            return f"{self._handshakes[host]} of its connections are not yet encrypted"
+        if self._connections[host] >= self._most // 2:
+            return f"it has {self._connections[host]} connections, half of all (max_streams)"
+        if self._connections.total() >= self._most:
+            return f"there are {self._most} connections (max_streams)"
+        return None
+
+    async def _greeted(self, client: socket.socket, host: str) -> Secured | None:
+        """The encrypted connection; None, with a line in the log, where there is none."""
+        self._handshakes[host] += 1
+        try:
+            _, side = await asyncio.get_running_loop().connect_accepted_socket(
+                partial(Secured, self._context, self._bucket(host)), client
+            )
+            try:
+                await asyncio.wait_for(side.greeted, self._handshake_s)
+            except (OSError, asyncio.TimeoutError) as error:
+                why = self._why(error)
+            else:
+                if side.protocol == tls.PROTOCOL:
+                    return side
+                why = "it speaks another protocol over TLS"
+        finally:
+            _less(self._handshakes, host)
+        self._refusals.tell(host, why)
+        side.close()
+        await asyncio.wait([side.lost], timeout=_LAST_WORDS_S)
+        side.transport.abort()
+        return None
+
+    def _why(self, error: Exception) -> str:
+        """Why a handshake failed."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is not good for this hub's CA: {error.verify_message}"
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            reason = error.reason or "unknown"
+            if reason in tls.PLAINTEXT:
+                return "it speaks no TLS"
+            if "ALERT" in reason and "PROTOCOL" not in reason:
+                return f"it does not accept this hub's certificate ({tls.alert(reason)})"
+            return f"no TLS 1.3 with it ({tls.alert(reason)})"
+        if isinstance(error, asyncio.TimeoutError):
+            return f"its TLS handshake took longer than {self._handshake_s:g} s"
+        return "it closed the connection before it was encrypted"
+
+    async def _joined(self, outer: Secured, host: str) -> None:
+        """Passes everything on, until one end has ended."""
+        loop = asyncio.get_running_loop()
+        name = f"trackagent-{self._token}-{next(self._numbers)}"
+        known = f"unix-abstract:{name}"
+        with socket.socket(socket.AF_UNIX) as own:
+            own.setblocking(False)
+            own.bind(f"\0{name}")
+            self._peers[known] = Peer(host, outer.certified)
+            inner = None
+            try:
+                await loop.sock_connect(own, str(self._inner))
+                _, inner = await loop.create_unix_connection(Side, sock=own)
+                outer.join(inner)
+                inner.join(outer)
+                await asyncio.wait((outer.lost, inner.lost), return_when=asyncio.FIRST_COMPLETED)
+                outer.close()
+                inner.close()
+                await asyncio.wait((outer.lost, inner.lost), timeout=_LAST_WORDS_S)
+            finally:
+                del self._peers[known]
+                outer.transport.abort()
+                if inner is not None:
+                    inner.transport.abort()
+        if not outer.received:
+            self._refusals.tell(
+                host,
+                "it left without a word when it had seen this hub's certificate: it may look for another "
+                "hub, by its pin or its token",
+            )
+
+    def _bucket(self, host: str) -> Bucket:
+        """The host's; who comes again goes on with it."""
+        if len(self._buckets) > _MAX_BUCKETS:
+            self._buckets = {one: had for one, had in self._buckets.items() if not had.is_full()}
+        return self._buckets.setdefault(host, self._new_bucket())
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """All families for all addresses, else the first address of the host."""
+    both = host in ("", "::") and socket.has_dualstack_ipv6()
+    if both:
+        family, address = socket.AF_INET6, ("::", port)
+    else:
+        family, _, _, _, found = socket.getaddrinfo(
+            host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        address = (str(found[0]), port)
+    listener = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
+    listener.setblocking(False)
+    return listener
+
+
+def _plain(host: str) -> str:
+    """An IPv4 address as such, also where it came to a socket of both families."""
+    return host.removeprefix("::ffff:")
+
+
+def _less(counter: Counter[str], host: str) -> None:
+    counter[host] -= 1
+    if not counter[host]:
+        del counter[host]

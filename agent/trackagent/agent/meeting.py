@@ -1,0 +1,178 @@
+"""The small tables in which the ranks of a job agree on a run, where nothing else lets them: the hub's, or
+the agent's own on a single node (rpc Meet). In memory: ranks of a job that goes on have agreed already.
+
+Bounded in jobs, keys and bytes; what a job has is forgotten a day after its last use.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from trackagent.agent.errors import AgentError
+from trackagent.protos.v1 import agent_pb2, hub_pb2_grpc
+
+FORGOTTEN_AFTER_S = 86_400.0
+MAX_JOBS, MAX_KEYS = 1024, 8192
+MAX_BYTES = 64 * 1024 * 1024
+MAX_NAME, MAX_VALUE_BYTES = 250, 4096
+TIMEOUT_S = 10.0
+# Of each key, beside what it holds.
+_KEY_BYTES = 200
+_MOST = 1 << 63
+
+Operation = agent_pb2.MeetRequest.Operation
+
+
+class BadMeeting(AgentError):
+    """What is asked breaks a limit, or makes no sense."""
+
+
+class NoRoom(AgentError):
+    """The tables are full."""
+
+
+class NoHub(AgentError):
+    """The hub in whose tables ranks are to meet does not answer, or not as it should; they may ask again."""
+
+
+@dataclass(slots=True)
+class _Job:
+    used_at: float
+    values: dict[str, bytes] = field(default_factory=dict)
+
+
+class Meetings:
+    """The tables of all jobs, in one thread. clock: seconds that only grow."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # In the order of their last use.
+        self._jobs: dict[str, _Job] = {}
+        self._bytes = 0
+
+    def answer(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
+        """Takes one step. BadMeeting, NoRoom."""
+        _check(request)
+        now = self._clock()
+        self._forget(now)
+        job = self._jobs.pop(request.job, None) or _Job(now)
+        job.used_at = now
+        try:
+            found = self._changed(job, request)
+        finally:
+            if job.values:
+                self._jobs[request.job] = job
+        return agent_pb2.MeetResponse(found=found is not None, value=found or b"")
+
+    def _changed(self, job: _Job, request: agent_pb2.MeetRequest) -> bytes | None:
+        """What stands at the key afterwards."""
+        there = job.values.get(request.key)
+        match request.operation:
+            case Operation.GET:
+                return there
+            case Operation.SET:
+                new = request.value
+            case Operation.ADD:
+                new = _sum(there, request.amount)
+            case Operation.COMPARE_SET:
+                if (there or b"") != request.expected or (there == b"" and not request.expected):
+                    return there
+                new = request.value
+            case other:
+                raise BadMeeting(f"there is no operation {other}")
+        size = len(new) - len(there) if there is not None else _size(request.key, new)
+        if there is None:
+            self._check_room(job, size)
+        self._bytes += size
+        job.values[request.key] = new
+        return new
+
+    def _check_room(self, job: _Job, size: int) -> None:
+        if not job.values and len(self._jobs) >= MAX_JOBS:
+            raise NoRoom(f"{MAX_JOBS} jobs meet here already: give this one's ranks their run's id")
+        if len(job.values) >= MAX_KEYS:
+            raise NoRoom(f"this job has {MAX_KEYS} keys already")
+        if self._bytes + size > MAX_BYTES:
+            raise NoRoom(f"the jobs that meet here have {MAX_BYTES} bytes already")
+
+    def _forget(self, now: float) -> None:
+        for name, job in list(self._jobs.items()):
+            if now - job.used_at < FORGOTTEN_AFTER_S:
+                return
+            self._bytes -= sum(_size(key, value) for key, value in job.values.items())
+            del self._jobs[name]
+
+
+class Elsewhere:
+    """The tables of the hub that everything is delivered to. Any thread may call, and waits.
+
+    dial: a new channel to it, or AgentError; metadata: what tells the hub who calls."""
+
+    def __init__(
+        self, dial: Callable[[], grpc.Channel], metadata: Sequence[tuple[str, str]]
+    ) -> None:
+        self._dial, self._metadata = dial, tuple(metadata)
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+
+    def answer(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
+        """Has the hub take one step. BadMeeting, NoRoom, NoHub."""
+        with self._lock:
+            try:
+                if self._channel is None:
+                    self._channel = self._dial()
+                response: agent_pb2.MeetResponse = hub_pb2_grpc.HubStub(self._channel).Meet(
+                    request, timeout=TIMEOUT_S, metadata=self._metadata
+                )
+                return response
+            except AgentError as error:
+                raise NoHub(str(error)) from error
+            except grpc.RpcError as error:
+                self._hang_up()
+                said = error.details() or error.code().name
+                kind = {
+                    grpc.StatusCode.INVALID_ARGUMENT: BadMeeting,
+                    grpc.StatusCode.RESOURCE_EXHAUSTED: NoRoom,
+                }.get(error.code(), NoHub)
+                raise kind(f"the hub says: {said}") from None
+
+    def close(self) -> None:
+        with self._lock:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+
+def _check(request: agent_pb2.MeetRequest) -> None:
+    # An agent that serves a group puts the user before the job.
+    for name, text, most in (("job", request.job, MAX_NAME + 20), ("key", request.key, MAX_NAME)):
+        if not 0 < len(text) <= most:
+            raise BadMeeting(f"the {name} has {len(text)} characters: give 1 to {MAX_NAME}")
+    for name, value in (("value", request.value), ("expected", request.expected)):
+        if len(value) > MAX_VALUE_BYTES:
+            raise BadMeeting(f"{name} has {len(value)} bytes: give at most {MAX_VALUE_BYTES}")
+
+
+def _sum(there: bytes | None, amount: int) -> bytes:
+    try:
+        # int() would take blanks and underscores, and texts of any length.
+        number = int(there[:20]) if there else 0
+        if there and str(number).encode() != there:
+            raise ValueError
+    except ValueError:
+        raise BadMeeting("no number stands at this key: nothing can be added to it") from None
+    if not -_MOST <= number + amount < _MOST:
+        raise BadMeeting("the sum is too large")
+    return str(number + amount).encode()
+
+
+def _size(key: str, value: bytes) -> int:
+    return _KEY_BYTES + len(key.encode()) + len(value)
