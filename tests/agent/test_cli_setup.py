@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from trackagent.agent.cli import COMMANDS, main, version
 
 LETTERS = ("list", "show", "retry", "discard")
-JSON_COMMANDS = ("status", "runs", "show", "tail", "top", "doctor", "config")
+JSON_COMMANDS = ("status", "runs", "show", "reduction", "tail", "top", "doctor", "config")
 
 
 def invoke(*arguments: str, environ: dict[str, str] | None = None) -> Result:

@@ -32,6 +32,7 @@ COMMANDS = {
     "run": "wrap",
     "runs": "runs",
     "show": "show",
+    "reduction": "reductions",
     "tail": "points",
     "top": "top",
     "export": "points",

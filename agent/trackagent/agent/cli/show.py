@@ -28,8 +28,10 @@ from trackagent.agent.cli.output import (
     table,
     warn_of_damage,
 )
+from trackagent.agent.cli.reductions import print_reductions
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.shown import visible
+from trackagent.client.reductions import DEFINITION
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,8 +83,9 @@ def show_command(
     Facts, params, tags, events, losses and series come first. RUN is a run id, the beginning
     of one (at least 4 digits), a name, or `latest` (the default). Every rank is a curve; the
     heavy line is the mean of the ranks that logged a step. Where records were refused, lines
-    are interrupted. What agents sampled on the run's nodes, of their GPUs and of the ranks'
-    processes comes last, over the seconds since the run began.
+    are interrupted. Reductions are keys that `trackagent reduction` shows across ranks, and how
+    many of these have reported the last step. What agents sampled on the run's nodes, of their
+    GPUs and of the ranks' processes comes last, over the seconds since the run began.
 
     \b
     Examples:
@@ -96,9 +99,10 @@ def show_command(
       losses {reason: records}, events [{id, time_ns, level, source, step,
       message, data}], gaps [{source, attempt, reason, first_step, last_step,
       first_time_ns, last_time_ns, records}], series [{key, source, points,
-      first_step, last_step, last_value}], samples [the same of what was
-      sampled, steps in seconds], damage [what of the points can no longer be
-      read]
+      first_step, last_step, last_value}], reductions [{key, reduce,
+      first_step, last_step, reported, world_size}], samples [the same as
+      series of what was sampled, steps in seconds], damage [what of the points
+      can no longer be read]
     """
     with opened_store(config) as store:
         summary = store.run(run)
@@ -116,11 +120,17 @@ def show_command(
         out = console()
         _print_facts(out, summary, store.losses(summary.run_id))
         _print_settings(out, "params", store.params(summary.run_id))
-        _print_settings(out, "tags", store.tags(summary.run_id))
+        tags = store.tags(summary.run_id)
+        # What they say is in the list of reductions.
+        _print_settings(
+            out, "tags", {k: v for k, v in tags.items() if not k.startswith(DEFINITION)}
+        )
         _print_events(out, store.events(summary.run_id))
         gaps = store.gaps(summary.run_id)
         _print_gaps(out, gaps)
         _print_series(out, series)
+        reductions = store.reductions_list(summary.run_id) if summary.world_size > 1 else []
+        print_reductions(out, reductions, summary.world_size)
         samples.print_samples(out, sampled, every=all_samples)
         by_key = _by_key(series)
         chosen = {key: by_key[key] for key in drawn}
@@ -143,6 +153,7 @@ def _run_json(store: Reader, summary: RunSummary) -> dict[str, Any]:
         "events": [dataclasses.asdict(event) for event in store.events(run_id)],
         "gaps": [dataclasses.asdict(gap) for gap in store.gaps(run_id)],
         "series": [dataclasses.asdict(one) for one in store.series_list(run_id)],
+        "reductions": [dataclasses.asdict(one) for one in store.reductions_list(run_id)],
         "samples": [dataclasses.asdict(one) for one in store.samples_list(run_id)],
     }
 
