@@ -16,6 +16,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -93,17 +94,27 @@ def partial_key(key: str, stat: int) -> str:
 
 def to_points(producer_id: bytes, keys: tuple[str, ...], rows: Rows) -> Points:
     """Partials as points."""
-    names = tuple(partial_key(key, stat) for stat in range(len(reduce.STATS)) for key in keys)
+    names = _partial_keys(keys)
     values = np.ascontiguousarray(rows.table.reshape(len(names), len(rows.steps)))
     return Points(producer_id, names, rows.steps, rows.times_ns, values)
 
 
 def from_points(points: Points) -> tuple[tuple[str, ...], Rows]:
     """What `to_points` was given."""
-    count = len(points.keys) // len(reduce.STATS)
-    keys = tuple(key.rpartition(SEPARATOR)[0] for key in points.keys[:count])
-    table = points.values.reshape(len(reduce.STATS), count, len(points.steps))
+    keys = _own_keys(points.keys)
+    table = points.values.reshape(len(reduce.STATS), len(keys), len(points.steps))
     return keys, Rows(points.steps, points.times_ns, table)
+
+
+@lru_cache(256)
+def _partial_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(partial_key(key, stat) for stat in range(len(reduce.STATS)) for key in keys)
+
+
+@lru_cache(256)
+def _own_keys(partial_keys: tuple[str, ...]) -> tuple[str, ...]:
+    count = len(partial_keys) // len(reduce.STATS)
+    return tuple(key.rpartition(SEPARATOR)[0] for key in partial_keys[:count])
 
 
 def weights_of(points: Points) -> Floats:
@@ -200,11 +211,15 @@ class _Partials:
 
     def add_all_ranks(self) -> None:
         """Of what nodes have, one over all of them."""
+        alls: dict[tuple[str, int, int], ProducerInfo] = {}
         for (producer_id, keys), rows in list(self._rows.items()):
             info = self._infos[producer_id]
             if info.reduced.startswith("node "):
+                attempt = info.run_id, info.attempt, info.job_time_ns
+                if attempt not in alls:
+                    alls[attempt] = over_ranks(info, ALL)
                 for some in rows:
-                    self.add(over_ranks(info, ALL), keys, some)
+                    self.add(alls[attempt], keys, some)
 
     def merged(self) -> Iterator[tuple[ProducerInfo, tuple[str, ...], Rows]]:
         """One row for each step."""
@@ -243,8 +258,9 @@ def _extremes(
                 continue
             due = rows.steps % policy.every == 0
             low, high = rows.table[reduce.MIN_RANK, at], rows.table[reduce.MAX_RANK, at]
-            for rank in np.unique(np.concatenate([low[due], high[due]])).astype(int).tolist():
-                producer_id = ranks.get((*attempt, rank))
+            # Not numpy.unique, which imports a quarter of a second of other things.
+            for rank in sorted({*low[due].tolist(), *high[due].tolist()}):
+                producer_id = ranks.get((*attempt, int(rank)))
                 if producer_id is None:
                     continue
                 held = due & ((low == rank) | (high == rank))
