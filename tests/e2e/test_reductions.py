@@ -88,7 +88,7 @@ def test_ranks_are_reduced_with_their_weights_over_all_and_over_groups(
     agent = own_agent("--keep-all-ranks", "2").start()
     ranks = [start(rank, 0, 50, "default") for rank in range(WORLD_SIZE)]
     go_on(ranks)
-    agent.wait_for_status(RUN_ID, "finished")
+    agent.wait_for_delivery()
     over_all, group = reduction(agent), reduction(agent, over="tp=0")
     assert sorted(over_all) == list(range(50))
     assert over_all[7] | {"time_ns": 0} == {
@@ -108,11 +108,8 @@ def test_ranks_are_reduced_with_their_weights_over_all_and_over_groups(
     }
     assert (group[7]["count"], group[7]["world_size"], group[7]["mean"]) == (2, 2, 8.5)
     assert reduction(agent, "tokens")[7]["sum"] == 30.0
-    assert [steps_of(agent, f"rank {rank}") for rank in range(3)] == [
-        list(range(50)),
-        [],
-        list(range(50)),
-    ]
+    # Of rank 1 there may be some too, where it was alone in a delivery.
+    assert [steps_of(agent, f"rank {rank}") for rank in (0, 2)] == [list(range(50))] * 2
     assert steps_of(agent, "rank 2", "tokens") == []
     summary = agent.run(RUN_ID)
     assert summary is not None
@@ -131,7 +128,6 @@ def test_kills_of_a_rank_and_of_the_agent_lose_and_double_nothing(
     go_on(ranks[:1], 50)
     agent.start()
     go_on(ranks[1:2], 50)
-    agent.wait_for_status(RUN_ID, "killed")
     agent.wait_for_delivery()
     found = reduction(agent)
     counts = [found[step]["count"] for step in range(150)]
@@ -150,9 +146,8 @@ def test_of_steps_that_a_restarted_job_logs_again_its_own_values_count(
 ) -> None:
     agent = own_agent().start()
     go_on([start(rank, 0, 10, "none") for rank in range(WORLD_SIZE)])
-    agent.wait_for_status(RUN_ID, "finished")
+    agent.wait_for_delivery()
     go_on([start(rank, 5, 20, "none", TRACKAGENT_ATTEMPT="2") for rank in (0, 1)])
-    agent.wait_for_status(RUN_ID, "finished")
     agent.wait_for_delivery()
     found = reduction(agent)
     assert [found[step]["count"] for step in range(20)] == [3] * 5 + [2] * 15
