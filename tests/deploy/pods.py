@@ -145,21 +145,21 @@ class Pod:
         self._containers.append(Container(process))
         return self._containers[-1]
 
-    def start(self) -> Container:
-        """What the kubelet does before the trainer: the init containers in their order, the sidecar until its
-        probe succeeds. The sidecar."""
+    def start(self, name: str = "trackagent") -> Container:
+        """What the kubelet does before the trainer: the init containers in their order, the agent until its
+        probe succeeds; the agent."""
         self.make_folders()
-        sidecar = self.run("trackagent")
-        probe = self.container("trackagent")["startupProbe"]["exec"]["command"]
+        agent = self.run(name)
+        probe = self.container(name)["startupProbe"]["exec"]["command"]
         socket = self.volume("trackagent-memory") / "agent" / SOCKET_NAME
 
         def succeeds() -> bool:
-            assert sidecar.is_running(), sidecar.output()
+            assert agent.is_running(), agent.output()
             # Not before: each is a process that takes its time from the agent.
-            return socket.exists() and self.run("trackagent", *probe).ended() == 0
+            return socket.exists() and self.run(name, *probe).ended() == 0
 
         wait_until(succeeds, "the startup probe succeeds")
-        return sidecar
+        return agent
 
     def make_folders(self) -> None:
         """Runs the first init container."""
@@ -254,9 +254,11 @@ def _command(container: Mapping[str, Any]) -> Sequence[str]:
 
 
 def template(path: str) -> dict[str, Any]:
-    """The pod template of the first object in a manifest."""
-    first = next(yaml.safe_load_all((MANIFESTS / path).read_text()))
-    found: dict[str, Any] = first["spec"]["template"]
+    """The pod template of the first object in a manifest, with the volumes that are made for each pod."""
+    spec = next(yaml.safe_load_all((MANIFESTS / path).read_text()))["spec"]
+    found: dict[str, Any] = spec["template"]
+    claims = [{"name": one["metadata"]["name"]} for one in spec.get("volumeClaimTemplates", [])]
+    found["spec"]["volumes"] += claims
     return found
 
 
