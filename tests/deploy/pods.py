@@ -125,7 +125,7 @@ class Pod:
         # Each container's own mount namespace has another root there.
         root = self.base / "root"
         root.mkdir(exist_ok=True)
-        user = self._security["runAsUser"]
+        security = self._security | container.get("securityContext", {})
         words = command or _command(container)
         process = subprocess.Popen(
             [
@@ -133,7 +133,7 @@ class Pod:
                 *("unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child"),
                 *("sh", "-euc", _CONTAINER, "container", str(root)),
                 *(str(len(mounts) // 2), *mounts),
-                *command_as(user, *self._groups()),
+                *self._user(security),
                 *("--no-new-privs", "--", *words),
             ],
             env=_ENVIRONMENT | environ | dict(self.variables) | variables,
@@ -145,13 +145,13 @@ class Pod:
         self._containers.append(Container(process))
         return self._containers[-1]
 
-    def start(self, name: str = "trackagent") -> Container:
+    def start(self, name: str = "trackagent", *, folder: str = "agent") -> Container:
         """What the kubelet does before the trainer: the init containers in their order, the agent until its
-        probe succeeds; the agent."""
+        probe succeeds; the agent. folder: the one that it has in the volume in memory."""
         self.make_folders()
         agent = self.run(name)
         probe = self.container(name)["startupProbe"]["exec"]["command"]
-        socket = self.volume("trackagent-memory") / "agent" / SOCKET_NAME
+        socket = self.volume("trackagent-memory") / folder / SOCKET_NAME
 
         def succeeds() -> bool:
             assert agent.is_running(), agent.output()
@@ -181,8 +181,13 @@ class Pod:
         self._sandbox.stdin.close()
         self._sandbox.wait(DEADLINE_S)
 
-    def _groups(self) -> list[int]:
-        return [self._security[name] for name in ("fsGroup",) if name in self._security]
+    def _user(self, security: Mapping[str, Any]) -> Sequence[str]:
+        """setpriv, for the user of the manifest."""
+        user = security["runAsUser"]
+        if user != 0:
+            return command_as(user, *[security[one] for one in ("fsGroup",) if one in security])
+        kept = "".join(f",+{name.lower()}" for name in security["capabilities"].get("add", []))
+        return ("setpriv", f"--bounding-set=-all{kept}", f"--inh-caps=-all{kept}")
 
     def _value(self, variable: Mapping[str, Any]) -> str:
         fields = {"spec.nodeName": _NODE}
@@ -212,8 +217,8 @@ class Pod:
             if "secret" in volume or volume.get("emptyDir", {}).get("medium") == "Memory":
                 # Without a mode of its own, which is the file system's: 1777.
                 steps.append(f"mount -t tmpfs -o size=64m tmpfs {path}")
-            elif kept:
-                continue
+            elif kept or "hostPath" in volume:
+                continue  # the kubelet leaves it as it is, and makes it with mode 0755
             else:
                 steps.append(f"chmod 0777 {path}")
             if "secret" in volume:

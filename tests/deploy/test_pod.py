@@ -145,6 +145,17 @@ def test_the_agent_refuses_a_folder_in_a_volume_that_all_may_rename_in(job: Pod)
     assert agent.ended() == 1
 
 
+def test_a_nodes_agent_starts_in_folders_of_the_node_also_for_the_second_time(
+    tmp_path: Path,
+) -> None:
+    for _ in range(2):
+        with pod(template("agent/daemonset.yaml"), tmp_path, **ALONE) as made:
+            assert made.start(folder="1000").end_with(signal.SIGTERM) == 0
+    for volume in ("trackagent-memory", "trackagent-state"):
+        status = (tmp_path / volume / "1000").stat()
+        assert (status.st_uid, status.st_mode) == (1000, 0o40700)
+
+
 def without_group(spec: dict[str, Any]) -> dict[str, Any]:
     security = {name: value for name, value in spec["securityContext"].items() if name != "fsGroup"}
     return spec | {"securityContext": security}
