@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from trackagent.agent import meeting
@@ -30,16 +32,10 @@ class Table:
         expected: bytes = b"",
         amount: int = 0,
     ) -> tuple[bool, bytes]:
-        answer = self.meetings.answer(
-            Request(
-                job=job,
-                operation=operation,
-                key=key,
-                value=value,
-                expected=expected,
-                amount=amount,
-            )
+        request = Request(
+            job=job, operation=operation, key=key, value=value, expected=expected, amount=amount
         )
+        answer = asyncio.run(self.meetings.meet(request))
         return answer.found, answer.value
 
 

@@ -48,6 +48,13 @@ class Access:
         if not await asyncio.to_thread(self.owners.is_of, producer_id, self.user(peer)):
             raise NotYours("this producer was not opened by this user: call OpenRun first")
 
+    async def own_job(self, peer: str, request: agent_pb2.MeetRequest) -> None:
+        """Makes the job one of the caller's, whoever else gives one of theirs the same name. NotYours for
+        nobody known."""
+        user = self.user(peer)
+        if request.job:
+            request.job = f"{user}:{request.job}"
+
     def sight(self, peer: str) -> Sight | None:
         """Which producers the caller may see, None for one who may see all. NotYours for nobody known."""
         uid = self.user(peer)

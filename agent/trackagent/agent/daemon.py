@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trackagent.agent.store as store
-from trackagent.agent import server, tls
+from trackagent.agent import hubserver, server, tls
 from trackagent.agent.access import Access
 from trackagent.agent.active import Active
 from trackagent.agent.collect.contract import Here
@@ -40,8 +40,10 @@ from trackagent.agent.health.progress import progress
 from trackagent.agent.health.settings import OF_RUNS
 from trackagent.agent.health.telling import Telling
 from trackagent.agent.health.watch import Watch
+from trackagent.agent.hubserver import HubServer, table_of
 from trackagent.agent.limits import allow_files, give_memory_back
 from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
+from trackagent.agent.meeting import Table
 from trackagent.agent.orphans import Orphans
 from trackagent.agent.owners import Owners
 from trackagent.agent.pipeline import MAX_BACKOFF_S, Pipeline
@@ -77,8 +79,9 @@ def serve(config: AgentConfig) -> int:
     """Runs an agent until SIGTERM, SIGINT or, unless that was ignored, SIGHUP, then drains it; the exit code.
     AgentError when it cannot start."""
     logging.getLogger("trackagent").setLevel(config.log_level.upper())
-    # The gate has two more for each connection.
-    allow_files(config.max_streams, each=1 if config.group is None else 3)
+    # The gate has two more for each connection, and so has the port for other nodes.
+    each = (1 if config.group is None else 3) + (3 if config.listen else 0)
+    allow_files(config.max_streams, each=each)
     give_memory_back()
     started_ns = time.time_ns()
     version = importlib.metadata.version("trackagent")
@@ -164,7 +167,7 @@ def _check_folders(config: AgentConfig) -> None:
     inner = [
         base / name for base in (config.directory, state) for name in ("journals", QUARANTINE_NAME)
     ]
-    inner += [config.dead_letters_path]
+    inner += [config.dead_letters_path, config.hub_path]
     inner += [path for path in config.dead_letters_path.glob("*") if not path.is_file()]
     for folder in inner:
         if os.path.lexists(folder) and not folder.is_file():
@@ -192,6 +195,12 @@ async def _run(
         opened.callback(writer.close)
         routes = _routes(config)
         opened.callback(routes.close)
+        hubserver.forget(config)
+        hub = HubServer(config) if config.listen else None
+        if hub is not None:
+            opened.callback(hub.close)
+        table = table_of(config)
+        opened.callback(table.close)
         access = None if config.group is None else await _access(config, spool)
         if access is not None:
             opened.callback(access.owners.close)
@@ -202,7 +211,18 @@ async def _run(
 
             scrapes = opened.enter_context(Scrapes(config.prometheus))
         return await _serve(
-            config, version, started_ns, spool, writer, routes, access, stop, locks, scrapes
+            config,
+            version,
+            started_ns,
+            spool,
+            writer,
+            routes,
+            hub,
+            table,
+            access,
+            stop,
+            locks,
+            scrapes,
         )
 
 
@@ -213,6 +233,8 @@ async def _serve(
     spool: Spool,
     writer: Writer,
     routes: Routes,
+    hub: HubServer | None,
+    table: Table,
     access: Access | None,
     stop: asyncio.Event,
     locks: Sequence[Lock],
@@ -260,7 +282,9 @@ async def _serve(
         dead_letters=dead_letters,
         reducer=reducer(stores=False),
         elsewhere=bool(config.store),
-        connect=lambda address, pin: tls.channel(address, pin=pin),
+        connect=lambda address, pin: tls.channel(address, pin=pin, files=tls.Files.of(config)),
+        pin="" if hub is None else hub.pin,
+        guests=None if hub is None else hub.tokens,
     )
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],
@@ -277,6 +301,9 @@ async def _serve(
         response.start_time_ns = started_ns
         response.directory = str(config.directory)
         response.state_directory = str(config.state_directory)
+        response.store = config.store
+        if hub is not None:
+            response.listen, response.pin = hub.address, hub.pin
         response.spool.max_bytes = config.spool_bytes
         # In threads: the store may be locked, and nothing here may hold the ranks up.
         try:
@@ -300,7 +327,7 @@ async def _serve(
                 sink.dead_letters, sink.dead_letter_bytes = letters
 
     servicer = server.Servicer(
-        spool, config, version, describe, access, present.look, forwarding.route
+        spool, config, version, describe, access, present.look, forwarding.route, table
     )
     orphans = Orphans(
         spool,
@@ -329,6 +356,8 @@ async def _serve(
     except OSError as error:
         raise AgentError(f"{error}; give another --dir") from error
     _open_to_group(config)
+    if hub is not None:
+        await hub.start(spool, table, version)
     pipeline.start()
     await asyncio.to_thread(forwarding.start)
     orphans.start()
@@ -366,6 +395,8 @@ async def _serve(
     else:
         logger.error("%s was deleted or replaced under this agent: it begins anew", missing)
     await listening.stop(STOP_GRACE_S)
+    if hub is not None:
+        await hub.stop(STOP_GRACE_S)
     if sockets[0].is_there():
         config.socket_path.unlink(missing_ok=True)
     if access is not None:

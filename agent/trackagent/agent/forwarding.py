@@ -110,11 +110,11 @@ class Forwarding:
     def route(self, run_id: str, hub: Hub) -> str:
         """The way of a producer that is opened now, whose rank 0 named this hub: its pin, or "" for wherever
         this agent delivers to. Waits for the disk. sqlite3.Error or SpoolError: nothing is decided."""
-        if self._elsewhere:
-            return ""
         if hub.pin == self._pin:
             if self._guests is not None:
                 self._guests.note(run_id, hub.token)
+            return ""
+        if self._elsewhere:
             return ""
         self._routes.note(run_id, hub)
         with self._lock:
@@ -206,7 +206,7 @@ class Forwarding:
 def upstream_sink(config: AgentConfig, node: str) -> ForwardSink:
     """The sink of an agent that delivers everything to the hub `config.store`. AgentError when what makes it
     known there, or it here, cannot be read."""
-    files = tls.Files(ca=config.tls_ca, certificate=config.tls_cert, key=config.tls_key)
+    files = tls.Files.of(config)
     token = "" if config.token_file is None else hubkey.read_token(config.token_file)
     # With a CA the hub's certificate is its own.
     pin = hubkey.pin_of_token(token) if token and config.tls_ca is None else ""

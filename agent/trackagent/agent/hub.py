@@ -26,7 +26,7 @@ from trackagent.agent import wire
 from trackagent.agent.config import NODE_NAME
 from trackagent.agent.interceptors import WHAT_IS_WRONG
 from trackagent.agent.listener import Peer
-from trackagent.agent.meeting import BadMeeting, Meetings, NoRoom
+from trackagent.agent.meeting import BadMeeting, NoHub, NoRoom, Table
 from trackagent.agent.refusals import Refusals
 from trackagent.agent.spool import Overlaps, SpoolError, SpoolFull
 from trackagent.agent.store.contract import Batch, BatchId, node_run_id
@@ -90,7 +90,7 @@ class Hub:
         self,
         spool: Receiving,
         tokens: TokenTable,
-        meetings: Meetings,
+        table: Table,
         refusals: Refusals,
         peer: Callable[[str], Peer | None],
         *,
@@ -98,7 +98,7 @@ class Hub:
         version: str,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
-        self._spool, self._tokens, self._meetings = spool, tokens, meetings
+        self._spool, self._tokens, self._table = spool, tokens, table
         self._refusals, self._peer = refusals, peer
         self._cluster_token = cluster_token.encode()
         self._version, self._read_timeout_s = version, read_timeout_s
@@ -227,11 +227,13 @@ class Hub:
         if not self._is_of_the_cluster(peer, context):
             raise _Refused(_Code.UNAUTHENTICATED, _unknown(self._cluster_token, [], context))
         try:
-            return self._meetings.answer(request)
+            return await self._table.meet(request)
         except BadMeeting as error:
             raise _Refused(_Code.INVALID_ARGUMENT, str(error)) from None
         except NoRoom as error:
             raise _Refused(_Code.RESOURCE_EXHAUSTED, str(error)) from None
+        except NoHub as error:
+            raise _Refused(_Code.UNAVAILABLE, str(error), False) from None
 
     def _check_version(self, version: int) -> None:
         if version != PROTOCOL_VERSION:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sqlite3
 import ssl
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -23,7 +24,7 @@ from trackagent.agent.errors import AgentError
 from trackagent.agent.hub import MAX_MESSAGE_BYTES, SERVICE, Hub, Receiving
 from trackagent.agent.interceptors import Discreet
 from trackagent.agent.listener import Listener
-from trackagent.agent.meeting import Meetings
+from trackagent.agent.meeting import Elsewhere, Meetings, Table
 from trackagent.agent.refusals import Refusals
 from trackagent.agent.server import MAX_CALLS, MAX_METADATA_BYTES
 from trackagent.agent.tokens import TokenTable
@@ -64,7 +65,7 @@ class HubServer:
         # Where it listens, with the port that was free; "" before it does.
         self.address = ""
 
-    async def start(self, spool: Receiving, meetings: Meetings, version: str) -> None:
+    async def start(self, spool: Receiving, table: Table, version: str) -> None:
         """Takes what other nodes forward into the spool. AgentError where it cannot listen."""
         config, refusals = self._config, Refusals()
         host, port = hub_address(config.listen, anywhere=True)
@@ -80,7 +81,7 @@ class HubServer:
         self._hub = Hub(
             spool,
             self.tokens,
-            meetings,
+            table,
             refusals,
             self._listener.peer,
             cluster_token=self._token,
@@ -130,6 +131,13 @@ class HubServer:
             raise AgentError(
                 f"cannot write {path}, in which ranks look for the hub: {error}"
             ) from error
+
+
+def table_of(config: AgentConfig) -> Table:
+    """Where the ranks of this node meet: here, or at the hub that everything is delivered to. BadKey."""
+    if config.store:
+        return Elsewhere(partial(tls.store_channel, config), tls.bearer(config))
+    return Meetings()
 
 
 def forget(config: AgentConfig) -> None:

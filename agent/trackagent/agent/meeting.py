@@ -6,10 +6,13 @@ Bounded in jobs, keys and bytes; what a job has is forgotten a day after its las
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import grpc
 
@@ -21,6 +24,8 @@ MAX_JOBS, MAX_KEYS = 1024, 8192
 MAX_BYTES = 64 * 1024 * 1024
 MAX_NAME, MAX_VALUE_BYTES = 250, 4096
 TIMEOUT_S = 10.0
+# Calls to another hub that are under way.
+MAX_ASKING = 256
 # Of each key, beside what it holds.
 _KEY_BYTES = 200
 _MOST = 1 << 63
@@ -46,8 +51,18 @@ class _Job:
     values: dict[str, bytes] = field(default_factory=dict)
 
 
+class Table(Protocol):
+    """Where ranks meet, in one event loop."""
+
+    async def meet(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
+        """Takes one step. BadMeeting, NoRoom, NoHub."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Meetings:
-    """The tables of all jobs, in one thread. clock: seconds that only grow."""
+    """The tables of all jobs, here. clock: seconds that only grow."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -55,7 +70,7 @@ class Meetings:
         self._jobs: dict[str, _Job] = {}
         self._bytes = 0
 
-    def answer(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
+    async def meet(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
         """Takes one step. BadMeeting, NoRoom."""
         _check(request)
         now = self._clock()
@@ -68,6 +83,9 @@ class Meetings:
             if job.values:
                 self._jobs[request.job] = job
         return agent_pb2.MeetResponse(found=found is not None, value=found or b"")
+
+    def close(self) -> None:
+        """Nothing is kept."""
 
     def _changed(self, job: _Job, request: agent_pb2.MeetRequest) -> bytes | None:
         """What stands at the key afterwards."""
@@ -109,46 +127,66 @@ class Meetings:
 
 
 class Elsewhere:
-    """The tables of the hub that everything is delivered to. Any thread may call, and waits.
+    """The tables of the hub that everything is delivered to.
 
     dial: a new channel to it, or AgentError; metadata: what tells the hub who calls."""
 
     def __init__(
-        self, dial: Callable[[], grpc.Channel], metadata: Sequence[tuple[str, str]]
+        self, dial: Callable[[], grpc.Channel], metadata: Sequence[tuple[str, str]] = ()
     ) -> None:
         self._dial, self._metadata = dial, tuple(metadata)
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
+        self._threads = ThreadPoolExecutor(4, "meet")
+        self._asking = 0
 
-    def answer(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
+    async def meet(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
         """Has the hub take one step. BadMeeting, NoRoom, NoHub."""
-        with self._lock:
-            try:
-                if self._channel is None:
-                    self._channel = self._dial()
-                response: agent_pb2.MeetResponse = hub_pb2_grpc.HubStub(self._channel).Meet(
-                    request, timeout=TIMEOUT_S, metadata=self._metadata
-                )
-                return response
-            except AgentError as error:
-                raise NoHub(str(error)) from error
-            except grpc.RpcError as error:
-                self._hang_up()
-                said = error.details() or error.code().name
-                kind = {
-                    grpc.StatusCode.INVALID_ARGUMENT: BadMeeting,
-                    grpc.StatusCode.RESOURCE_EXHAUSTED: NoRoom,
-                }.get(error.code(), NoHub)
-                raise kind(f"the hub says: {said}") from None
+        _check(request)
+        if self._asking >= MAX_ASKING:
+            raise NoHub(f"{self._asking} ranks wait for the hub already")
+        self._asking += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self._ask, request)
+        finally:
+            self._asking -= 1
 
     def close(self) -> None:
-        with self._lock:
-            self._hang_up()
-
-    def _hang_up(self) -> None:
+        """Waits for what is under way."""
+        self._threads.shutdown(cancel_futures=True)
         if self._channel is not None:
             self._channel.close()
-            self._channel = None
+
+    def _ask(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
+        try:
+            with self._lock:
+                channel = self._channel = self._channel or self._dial()
+        except AgentError as error:
+            raise NoHub(str(error)) from error
+        try:
+            response: agent_pb2.MeetResponse = hub_pb2_grpc.HubStub(channel).Meet(
+                request, timeout=TIMEOUT_S, metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                # It may be another one now, which must be made sure of.
+                self._hang_up(channel)
+            kind = _KINDS.get(error.code(), NoHub)
+            raise kind(f"the hub says: {error.details() or error.code().name}") from None
+        return response
+
+    def _hang_up(self, channel: grpc.Channel) -> None:
+        with self._lock:
+            if self._channel is channel:
+                self._channel = None
+        channel.close()
+
+
+_KINDS: dict[grpc.StatusCode, type[AgentError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: BadMeeting,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: NoRoom,
+}
 
 
 def _check(request: agent_pb2.MeetRequest) -> None:

@@ -22,6 +22,7 @@ from trackagent.agent import producers
 from trackagent.agent.access import Access, Sight, hide_node, hide_status
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.interceptors import Discreet, Readable
+from trackagent.agent.meeting import BadMeeting, Meetings, NoHub, NoRoom, Table
 from trackagent.agent.owners import NotYours
 from trackagent.agent.spool import OutOfOrder, Spool, SpoolError, SpoolFull, UnknownProducer
 from trackagent.agent.store.contract import ProducerInfo, StoreError
@@ -140,7 +141,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
     """The Agent service. `describe` fills in what the service itself does not know (sinks, losses,
     folders). access: what each user may do; None: only one can connect. look: how the node is to one who may
     see these producers (None: all), but for which ranks are connected; it may wait. route: which way a run
-    goes whose rank 0 named a hub (Forwarding.route); it may wait."""
+    goes whose rank 0 named a hub (Forwarding.route); it may wait. table: where ranks meet."""
 
     def __init__(
         self,
@@ -153,6 +154,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             agent_pb2.NodeResponse()
         ),
         route: Callable[[str, Hub], str] = lambda run_id, hub: "",
+        table: Table | None = None,
     ) -> None:
         self._spool = spool
         self._config = config
@@ -161,6 +163,7 @@ class Servicer(agent_pb2_grpc.AgentServicer):
         self._access = access
         self._look = look
         self._route = route
+        self._table = table or Meetings()
         self._streams = 0
         # Of users who do not run the agent; all others together under None.
         self._users_streams: Counter[int | None] = Counter()
@@ -390,6 +393,20 @@ class Servicer(agent_pb2_grpc.AgentServicer):
             return self._access.sight(context.peer())
         except NotYours as error:
             await _abort(context, grpc.StatusCode.PERMISSION_DENIED, str(error))
+
+    async def Meet(
+        self, request: agent_pb2.MeetRequest, context: Context
+    ) -> agent_pb2.MeetResponse:
+        if self._access is not None:
+            await _permitted(self._access.own_job(context.peer(), request), context)
+        try:
+            return await self._table.meet(request)
+        except BadMeeting as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except NoRoom as error:
+            await _abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except NoHub as error:
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
 
 
 async def start(servicer: Servicer, address: str, max_batch_bytes: int) -> grpc.aio.Server:

@@ -54,6 +54,8 @@ def start_command(config: AgentConfig) -> int:
     Examples:
       trackagent start
       trackagent start --dir /dev/shm/ml --state /var/lib/trackagent --group ml
+      trackagent start --listen :7717
+      trackagent start --store hub:7717 --token-file /etc/trackagent/token
     """
     # Imported here: the daemon pulls in everything, and only this command runs it.
     from trackagent.agent.daemon import serve
@@ -86,6 +88,7 @@ def status_command(config: AgentConfig, as_json: bool, timeout_s: float) -> int:
 
     \b
     JSON keys: agent_version, pid, start_time_ns, directory, state_directory,
+      listen, pin (where other nodes may deliver, and who this hub is), store,
       spool {batches, bytes, received_bytes, max_bytes},
       lost_records {reason: records}, in all runs of the store, and
       lost_since_start, or lost_unknown: why the store does not say,
@@ -110,6 +113,10 @@ def _status_json(answer: StatusResponse) -> dict[str, Any]:
         "start_time_ns": answer.start_time_ns,
         "directory": answer.directory,
         "state_directory": answer.state_directory,
+        "listen": answer.listen,
+        # Of the hub; `pid` is the process.
+        "pin": answer.pin,
+        "store": answer.store,
         "spool": {
             "batches": answer.spool.batches,
             "bytes": answer.spool.bytes,
@@ -165,6 +172,10 @@ def _print_status(answer: StatusResponse) -> None:
     facts.show_header = False
     facts.add_row("folder", safe(answer.directory))
     facts.add_row("state", safe(answer.state_directory))
+    if answer.listen:
+        facts.add_row("hub", safe(f"other nodes may deliver at {answer.listen} (pin {answer.pin})"))
+    if answer.store:
+        facts.add_row("store", safe(f"everything is delivered to {answer.store}"))
     spool = answer.spool
     facts.add_row(
         "spool",

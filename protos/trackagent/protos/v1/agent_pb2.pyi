@@ -130,7 +130,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("agent_version", "pid", "start_time_ns", "directory", "state_directory", "spool", "sinks", "producers", "lost_records", "lost_since_start", "lost_unknown", "quarantine")
+    __slots__ = ("agent_version", "pid", "start_time_ns", "directory", "state_directory", "spool", "sinks", "producers", "lost_records", "lost_since_start", "lost_unknown", "quarantine", "listen", "pin", "store")
     class LostRecordsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +150,9 @@ class StatusResponse(_message.Message):
     LOST_SINCE_START_FIELD_NUMBER: _ClassVar[int]
     LOST_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     QUARANTINE_FIELD_NUMBER: _ClassVar[int]
+    LISTEN_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     agent_version: str
     pid: int
     start_time_ns: int
@@ -162,7 +165,10 @@ class StatusResponse(_message.Message):
     lost_since_start: int
     lost_unknown: str
     quarantine: QuarantineStatus
-    def __init__(self, agent_version: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., directory: _Optional[str] = ..., state_directory: _Optional[str] = ..., spool: _Optional[_Union[SpoolStatus, _Mapping]] = ..., sinks: _Optional[_Iterable[_Union[SinkStatus, _Mapping]]] = ..., producers: _Optional[_Iterable[_Union[ProducerStatus, _Mapping]]] = ..., lost_records: _Optional[_Mapping[str, int]] = ..., lost_since_start: _Optional[int] = ..., lost_unknown: _Optional[str] = ..., quarantine: _Optional[_Union[QuarantineStatus, _Mapping]] = ...) -> None: ...
+    listen: str
+    pin: str
+    store: str
+    def __init__(self, agent_version: _Optional[str] = ..., pid: _Optional[int] = ..., start_time_ns: _Optional[int] = ..., directory: _Optional[str] = ..., state_directory: _Optional[str] = ..., spool: _Optional[_Union[SpoolStatus, _Mapping]] = ..., sinks: _Optional[_Iterable[_Union[SinkStatus, _Mapping]]] = ..., producers: _Optional[_Iterable[_Union[ProducerStatus, _Mapping]]] = ..., lost_records: _Optional[_Mapping[str, int]] = ..., lost_since_start: _Optional[int] = ..., lost_unknown: _Optional[str] = ..., quarantine: _Optional[_Union[QuarantineStatus, _Mapping]] = ..., listen: _Optional[str] = ..., pin: _Optional[str] = ..., store: _Optional[str] = ...) -> None: ...
 
 class QuarantineStatus(_message.Message):
     __slots__ = ("items", "bytes", "max_bytes", "deleted")
