@@ -12,7 +12,7 @@ import numpy as np
 
 from trackagent.agent import reduce
 from trackagent.agent.policies import Definitions, defined
-from trackagent.agent.reducing import from_points, weights_of
+from trackagent.agent.reducing import from_points, is_partial, weights_of
 from trackagent.agent.store.contract import (
     Batch,
     BatchId,
@@ -118,7 +118,7 @@ class MemoryStore:
     def _reduced(self, run_id: str) -> Iterator[tuple[ProducerInfo, Points]]:
         for points in self._state.points:
             info = self._state.producers[points.producer_id]
-            if info.run_id == run_id and info.reduced:
+            if info.run_id == run_id and info.reduced and is_partial(points.keys):
                 yield info, points
 
     def last_written(self, origin: str) -> int:

@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.agent.store.batches import RUN, batch, param, points, producer
+from tests.fakes_store import MemoryStore
 from trackagent.agent import reduce
 from trackagent.agent.policies import Policies
 from trackagent.agent.reducing import Reducer, from_points, is_partial, reduced
 from trackagent.agent.store.contract import Batch, Points, ProducerInfo
+from trackagent.agent.wire import decode, encode
 
 WEIGHT = "trackagent/weight"
 
@@ -270,6 +272,33 @@ def test_over_two_hops_in_any_batches_it_is_the_same_as_in_one(
                 assert twice[step][stat] == said[stat]
             assert twice[step]["mean"] == pytest.approx(said["mean"], rel=1e-12)
             assert twice[step]["m2"] == pytest.approx(said["m2"], rel=1e-12, abs=1e-14)
+
+
+def test_partials_of_very_many_keys_can_be_told_to_a_hub() -> None:
+    keys = tuple(f"key/{n}" for n in range(4096))
+    by = rank(0, producer_id=b"r" * 16)
+    found = through(batch(1, by, points=[points(by, [1], keys=keys)]), stores=False)
+    told = decode(encode(found), found.id)
+    assert over(told, "node a", "key/4095")[1]["mean"] == 1 + 409.5
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf, -1.0, 1e300, 0.5])
+def test_a_partial_that_says_what_cannot_be_holds_nothing_up(said: float) -> None:
+    (partial,) = through(batch(1, rank(0), points=[points(rank(0), [1])]), stores=False).points
+    wrong = replace(partial, values=np.full_like(partial.values, said))
+    known = through(batch(1, rank(0), points=[points(rank(0), [1])]), stores=False).producers
+    found = through(batch(1, *known, points=[wrong]))
+    assert own(found, rank(0)) == []
+    store = MemoryStore()
+    store.write(found)
+    assert len(store.reduction(RUN, "loss").steps) == 1
+
+
+def test_keys_of_ranks_that_look_like_partials_are_none() -> None:
+    odd = tuple(f"loss\x1f{stat}" for stat in reduce.STATS)
+    store = MemoryStore()
+    store.write(through(batch(1, rank(0), points=[points(rank(0), [1], keys=odd)])))
+    assert store.reduction(RUN, odd[3]).count.tolist() == [1]
 
 
 def test_a_reducer_heeds_what_the_batch_itself_defines() -> None:

@@ -96,16 +96,19 @@ class Policies:
 
     def learn(self, batch: Batch) -> None:
         """Takes what the batch's tags define. OSError where it cannot be written: nothing is learnt."""
+        tags = [tag for tag in batch.tags if tag.key.startswith(DEFINITION)]
+        if not tags:
+            return
         new: dict[str, dict[str, str]] = {}
         runs = {info.producer_id: info.run_id for info in batch.producers}
-        for tag in batch.tags:
-            run_id = runs.get(tag.producer_id)
-            if tag.key.startswith(DEFINITION) and run_id is not None:
-                pattern = tag.key[len(DEFINITION) :]
-                texts = new.setdefault(run_id, dict(self.of(run_id).texts))
-                if pattern in texts or len(texts) < MAX_PATTERNS:
-                    texts[pattern] = tag.value
         with self._lock:
+            for tag in tags:
+                run_id = runs.get(tag.producer_id)
+                if run_id is not None:
+                    pattern = tag.key[len(DEFINITION) :]
+                    texts = new.setdefault(run_id, dict(self.of(run_id).texts))
+                    if pattern in texts or len(texts) < MAX_PATTERNS:
+                        texts[pattern] = tag.value
             changed = {run for run, texts in new.items() if texts != self.of(run).texts}
             if not changed:
                 return

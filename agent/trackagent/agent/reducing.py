@@ -28,8 +28,8 @@ from trackagent.client.reductions import WEIGHT_KEY
 
 SEPARATOR = "\x1f"
 ALL = "all"
-# Partials of so many keys go together: each is a dozen columns, which stores limit.
-MAX_KEYS_TOGETHER = 1024
+# Partials of so many keys go together: each key is eleven, and hubs take 4096 (decode.MAX_KEYS_TOGETHER).
+MAX_KEYS_TOGETHER = 372
 _NO_NODE = "-"
 
 
@@ -82,9 +82,10 @@ def reduced(batch: Batch, policies: Policies, *, keep_all_ranks: int, stores: bo
     return replace(batch, producers=list(known.values()), points=[*kept, *made])
 
 
-def is_partial(keys: Sequence[str]) -> bool:
-    """Whether these are keys of partials."""
-    return bool(keys) and len(keys) % len(reduce.STATS) == 0 and SEPARATOR in keys[0]
+@lru_cache(256)
+def is_partial(keys: tuple[str, ...]) -> bool:
+    """Whether these are keys of partials, as `to_points` gives them."""
+    return keys == _partial_keys(own_keys(keys))
 
 
 def partial_key(key: str, stat: int) -> str:
@@ -101,7 +102,7 @@ def to_points(producer_id: bytes, keys: tuple[str, ...], rows: Rows) -> Points:
 
 def from_points(points: Points) -> tuple[tuple[str, ...], Rows]:
     """What `to_points` was given."""
-    keys = _own_keys(points.keys)
+    keys = own_keys(points.keys)
     table = points.values.reshape(len(reduce.STATS), len(keys), len(points.steps))
     return keys, Rows(points.steps, points.times_ns, table)
 
@@ -112,7 +113,8 @@ def _partial_keys(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache(256)
-def _own_keys(partial_keys: tuple[str, ...]) -> tuple[str, ...]:
+def own_keys(partial_keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys whose partials stand under these."""
     count = len(partial_keys) // len(reduce.STATS)
     return tuple(key.rpartition(SEPARATOR)[0] for key in partial_keys[:count])
 
@@ -242,7 +244,7 @@ def _extremes(
 ) -> Iterator[Points]:
     """The points of the ranks that hold the least and the greatest value of a step, for keys that keep them.
     A rank that the batch does not know is left out: the reduction names it all the same."""
-    ranks = {
+    ranks: dict[tuple[str, int, int, float], bytes] = {
         (info.run_id, info.attempt, info.job_time_ns, info.rank): info.producer_id
         for info in infos
         if not (info.sampled or info.forked or info.reduced)
@@ -260,7 +262,7 @@ def _extremes(
             low, high = rows.table[reduce.MIN_RANK, at], rows.table[reduce.MAX_RANK, at]
             # Not numpy.unique, which imports a quarter of a second of other things.
             for rank in sorted({*low[due].tolist(), *high[due].tolist()}):
-                producer_id = ranks.get((*attempt, int(rank)))
+                producer_id = ranks.get((*attempt, rank))
                 if producer_id is None:
                     continue
                 held = due & ((low == rank) | (high == rank))

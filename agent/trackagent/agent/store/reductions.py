@@ -15,7 +15,7 @@ import numpy as np
 
 from trackagent.agent import reduce
 from trackagent.agent.policies import Definitions, defined
-from trackagent.agent.reducing import ALL, SEPARATOR, partial_key
+from trackagent.agent.reducing import ALL, is_partial, own_keys, partial_key
 from trackagent.agent.store import chunks, views
 from trackagent.agent.store.contract import (
     ALL_RANKS,
@@ -31,6 +31,8 @@ from trackagent.client.reductions import DEFINITION, WEIGHT_KEY
 # Partials that may be in memory before those of the same steps are merged.
 _TOGETHER = 100_000
 _SHOWN = 10
+# What a count or a rank can be at most: a forwarded partial may say anything.
+_MOST = 2.0**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def merged(
     table = table[:, :, order]
     stats = table[:, 0]
     count, nans, low, high = (
-        stats[stat].astype(np.int64)
+        np.clip(np.nan_to_num(stats[stat], nan=-1), -1, _MOST).astype(np.int64)
         for stat in (reduce.COUNT, reduce.NANS, reduce.MIN_RANK, reduce.MAX_RANK)
     )
     return Reduction(
@@ -261,7 +263,7 @@ def infos(connection: sqlite3.Connection, run: int) -> list[ReductionInfo]:
     }
     found: dict[str, _Ends] = {}
 
-    def add(key: str, stream: views.Stream) -> None:
+    def add(key: str, stream: views.Stream, *, partial: bool) -> None:
         first, step = bounds[stream.id]
         last = step, stream.attempt
         known = found.get(key)
@@ -270,7 +272,7 @@ def infos(connection: sqlite3.Connection, run: int) -> list[ReductionInfo]:
             known = found[key] = _Ends(least, last, set(), [])
         known.first = min(known.first, first)
         if last == known.last:
-            if SEPARATOR in stream.keys[0]:
+            if partial:
                 known.streams.append(stream)
             else:
                 known.ranks.add(stream.rank)
@@ -279,10 +281,11 @@ def infos(connection: sqlite3.Connection, run: int) -> list[ReductionInfo]:
         if not stream.reduced and stream.producer_id in ranks:
             for key in stream.keys:
                 if key != WEIGHT_KEY and definitions.of(key).reduce != "none":
-                    add(key, stream)
+                    add(key, stream, partial=False)
     for stream in views.reduced(connection, run, ALL_RANKS):
-        for key in stream.keys[: len(stream.keys) // len(reduce.STATS)]:
-            add(key.rpartition(SEPARATOR)[0], stream)
+        if is_partial(stream.keys):
+            for key in own_keys(stream.keys):
+                add(key, stream, partial=True)
     return [
         ReductionInfo(
             key,
@@ -307,5 +310,5 @@ def _reported(
             with suppress(chunks.ChunkDamaged):
                 at = chunks.read_ints(connection, part, chunks.STEPS) == step
                 for place in places:
-                    total += float(chunks.read_floats(connection, part, place)[at].sum())
-    return int(total)
+                    total += float(np.nansum(chunks.read_floats(connection, part, place)[at]))
+    return int(min(max(total, 0.0), _MOST))

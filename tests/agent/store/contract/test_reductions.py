@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -197,6 +198,14 @@ def test_what_is_not_reduced_is_not_in_the_list(writer: Writer, reader: Reader) 
     tag = param(RANKS[0], "trackagent/define/loss", text)
     writer.write(logged(tags=[tag]))
     assert reader.reductions_list(RUN) == []
+
+
+def test_keys_that_look_like_partials_are_keys_of_ranks(writer: Writer, reader: Reader) -> None:
+    odd = ("loss\x1fcount", "loss\x1fsum")
+    writer.write(batch(1, RANKS[0], points=[points(RANKS[0], [1], keys=odd)]))
+    over_all = replace(RANKS[0], producer_id=b"*" * 16, reduced="all")
+    writer.write(batch(2, over_all, points=[points(over_all, [1], keys=odd)]))
+    assert [one.key for one in reader.reductions_list(RUN)] == list(odd)
 
 
 def test_forked_processes_are_no_ranks(writer: Writer, reader: Reader) -> None:
