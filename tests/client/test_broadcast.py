@@ -8,114 +8,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
+from tests.client.jobs import HUB, OTHER_HUB, A, B, Clock, Job, MemoryLink, MemoryStore, Names, runs
 from tests.fakes import DEADLINE_S, in_a_forked_process, wait_until
 from trackagent.client.broadcast import GRACE_S, Word
 from trackagent.client.errors import IdentityError
 from trackagent.client.history import History, run_is_inherited
-from trackagent.client.hub import Hub
-from trackagent.client.identity import SPARE_CONNECT_S, Decision, Identity, decide
-from trackagent.client.ranks import Ranks
-
-A = "a" * 32
-B = "b" * 32
-HUB = Hub("node-0:7717", "0" * 64, "1" * 32)
-OTHER_HUB = Hub("node-1:7717", "2" * 64, "3" * 32)
-
-
-class MemoryStore:
-    """A store that lives as long as its owner wants, as torchrun's does."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.data: dict[str, bytes] = {}
-        self.broken = False
-
-    def _alive(self) -> None:
-        if self.broken:
-            raise RuntimeError("connection was closed")
-
-    def add(self, key: str, amount: int, /) -> int:
-        with self.lock:
-            self._alive()
-            self.data[key] = str(int(self.data.get(key, b"0")) + amount).encode()
-            return int(self.data[key])
-
-    def set(self, key: str, value: str, /) -> None:
-        with self.lock:
-            self._alive()
-            self.data[key] = value.encode()
-
-    def get(self, key: str, /) -> bytes:
-        with self.lock:
-            self._alive()
-            return self.data[key]
-
-    def check(self, keys: list[str], /) -> bool:
-        with self.lock:
-            self._alive()
-            return all(key in self.data for key in keys)
-
-    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes:
-        with self.lock:
-            self._alive()
-            if self.data.get(key, b"") == expected.encode():
-                self.data[key] = desired.encode()
-            return self.data[key]
-
-
-@dataclass
-class MemoryLink:
-    store: MemoryStore | None
-    standing: bool = True
-    name: str = "the store"
-    gone: bool = False
-
-    def open(self) -> MemoryStore | None:
-        return self.store
-
-    def alive(self) -> bool:
-        return not self.gone
-
-
-@dataclass
-class Job:
-    """Processes of one job. Every rank() is a new process unless it is given a history."""
-
-    link: MemoryLink | None
-    world_size: int = 2
-    decisions: list[Decision] = field(default_factory=list)
-
-    def find(self, environ: Mapping[str, str]) -> Any:
-        return self.link, None, "there is no store"
-
-    def rank(self, rank: int, *, timeout_s: float = DEADLINE_S, **changes: Any) -> Decision:
-        environ = {"RANK": str(rank), "WORLD_SIZE": str(self.world_size)}
-        arguments: dict[str, Any] = {
-            "run_id": None,
-            "timeout_s": timeout_s,
-            "history": History(),
-            "find": self.find,
-            "environ": environ | changes.pop("environ", {}),
-        }
-        decision = decide(**(arguments | changes))
-        self.decisions.append(decision)
-        return decision
-
-    def all_ranks(self, **changes: Any) -> list[Decision]:
-        with ThreadPoolExecutor(self.world_size) as pool:
-            return list(pool.map(lambda rank: self.rank(rank, **changes), range(self.world_size)))
-
-    def kill(self) -> None:
-        """Ends what all ranks so far still do, as SIGKILL would."""
-        for decision in self.decisions:
-            decision.stop_serving(wait_s=0)
+from trackagent.client.identity import SPARE_CONNECT_S, Identity
 
 
 @pytest.fixture
@@ -123,42 +27,6 @@ def job() -> Iterator[Job]:
     job = Job(MemoryLink(MemoryStore()))
     yield job
     job.kill()
-
-
-@dataclass
-class Names:
-    """A node that knows which hub to name, or what to say where there is none."""
-
-    hub: Hub | None = None
-    problem: str = ""
-    cannot_hear: str = ""
-
-    def name(self, ranks: Ranks) -> tuple[Hub | None, str]:
-        assert ranks.rank == 0
-        return self.hub, self.problem
-
-    def unheard(self, ranks: Ranks) -> str:
-        return self.cannot_hear
-
-    def of(self, run_id: str) -> Hub | None:
-        return self.hub
-
-
-def runs(decisions: list[Decision]) -> set[tuple[str, int]]:
-    return {(d.identity.run_id, d.identity.attempt) for d in decisions}
-
-
-class Clock:
-    """Time that passes only while somebody waits."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
 
 # Rank 0's word
@@ -436,7 +304,8 @@ def test_a_store_that_breaks_is_an_identity_error() -> None:
 
 def test_a_word_of_another_version_is_an_identity_error() -> None:
     store = MemoryStore()
-    store.set("trackagent/1/answer/1", '{"run": 1}')
+    store.set("trackagent/1/word", '{"run": 1}')
+    store.set("trackagent/1/answered", "1")
     with pytest.raises(IdentityError, match=r"rank 0's word .* is not understood .*'run_id'"):
         Job(MemoryLink(store)).rank(1)
 
@@ -455,7 +324,8 @@ def test_a_word_that_is_not_understood_does_not_tell_the_token(
 ) -> None:
     store = MemoryStore()
     said = damage(Word(A, 1, HUB, B, 7).encode())
-    store.data["trackagent/1/answer/1"] = said.encode(errors="surrogateescape")
+    store.data["trackagent/1/word"] = said.encode(errors="surrogateescape")
+    store.set("trackagent/1/answered", "1")
     with pytest.raises(IdentityError, match="is not understood") as caught:
         Job(MemoryLink(store)).rank(1)
     assert HUB.token not in str(caught.value)

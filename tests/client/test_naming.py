@@ -252,6 +252,9 @@ class Silent:
     def alive(self) -> bool:
         return False
 
+    def close(self) -> None:
+        pass
+
 
 @pytest.mark.usefixtures("spanning")
 def test_a_runs_hub_stands_in_its_journal_and_goes_to_the_agent(

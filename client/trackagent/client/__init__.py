@@ -101,8 +101,19 @@ def init(
     global _run, _ever_begun
     import logging
     import threading
+    from functools import partial
 
-    from trackagent.client import exits, facts, history, identity, naming, reductions, trust, values
+    from trackagent.client import (
+        exits,
+        facts,
+        history,
+        identity,
+        meeting,
+        naming,
+        reductions,
+        trust,
+        values,
+    )
     from trackagent.client.config import ClientConfig
     from trackagent.client.errors import ConfigError, ValueRefused
     from trackagent.client.run import Run
@@ -118,7 +129,10 @@ def init(
     finish()
     exits.forget()
     decision = identity.decide(
-        run_id=run_id, timeout_s=config.identity_timeout_s, hubs=naming.NodeHubs(config)
+        run_id=run_id,
+        timeout_s=config.identity_timeout_s,
+        hubs=naming.NodeHubs(config),
+        meet=partial(meeting.find_meeting, config),
     )
     for warning in decision.warnings:
         logging.getLogger("trackagent").warning("%s", warning)

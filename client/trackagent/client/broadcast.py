@@ -1,26 +1,32 @@
 """Rank 0's word, which says the run and the attempt, and how it reaches the other ranks.
 
 It travels through torch's own TCPStore (the one torchrun opens, or the one init_process_group
-does), with no collective, no device, and before, after or without a process group:
+does), with no collective, no device, and before, after or without a process group; without torch
+through a table of the agent's:
 
     trackagent/<call>/asks         counter; a rank adds 1 and so gets its number n
-    trackagent/<call>/answer/<n>   rank 0's word for ask n
-    trackagent/<call>/answered     counter; asks that some rank 0 has answered
+    trackagent/<call>/word         rank 0's word
+    trackagent/<call>/answered     number; asks up to which some rank 0 has answered, by the word
     trackagent/<call>/run          run id of this call in this job, set once
     trackagent/attempt/<run id>    counter; attempts of that run in this job
     trackagent/began/<run id>      when this job first began that run, set once
     trackagent/taken/<token>       counter; ranks that hold this very word of rank 0
 
 <call> counts the calls of decide() in one process, so that the second init() of every rank meets
-the second of rank 0. torchrun's store outlives its workers; a restarted worker never reads an old
+the second of rank 0. torchrun's store outlives its workers; a restarted worker never takes an old
 word, because it waits for the answer to an ask of its own, and only a living rank 0 answers.
+
+A store may lose everything (an agent that is started again): a rank whose ask is gone asks again, and
+rank 0 answers whoever asks.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -38,21 +44,26 @@ TELL_AFTER_S = 10.0  # a wait is worth a line in the log after this
 ASK_POLL_S = (0.005, 0.25)  # first and longest pause
 SERVE_POLL_S = (0.02, 1.0)
 CONNECT_POLL_S = (0.05, 1.0)
+INSIST_POLL_S = (0.05, 1.0)
 POLL_GROWTH = 1.5
+LOOK_AGAIN_S = 2.0  # how often a rank that waits makes sure that its ask is still there
 
 T = TypeVar("T")
 
 log = logging.getLogger("trackagent")
 
 
+class Unclear(RuntimeError):
+    """A call to a store was cut off: it may have been made, and may be made again."""
+
+
 class Store(Protocol):
     """The part of torch.distributed.Store used here. Any call raises RuntimeError when the store is
-    gone."""
+    gone, or Unclear."""
 
     def add(self, key: str, amount: int, /) -> int: ...
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
     def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
 
 
@@ -72,6 +83,9 @@ class Link(Protocol):
 
     def alive(self) -> bool:
         """False when a store that was there has gone, as far as can be seen without using it."""
+
+    def close(self) -> None:
+        """Gives up what open() made, from any thread: calls under way fail. Once more: nothing."""
 
 
 Finder = Callable[[Mapping[str, str]], tuple[Link | None, tuple[int, int] | None, str]]
@@ -148,48 +162,89 @@ def connect(link: Link, patience: Patience) -> Store | None:
     return patience.until(link.open, link.name, CONNECT_POLL_S)
 
 
-def claim(store: Store, call: int, given: str | None, new_id: Callable[[], str]) -> str:
+def claim(
+    store: Store, call: int, given: str | None, new_id: Callable[[], str], patience: Patience
+) -> str:
     """Rank 0's run id; without a given one, that of the same call in an earlier worker group goes
     on."""
     key = f"trackagent/{call}/run"
     if given is not None:
-        store.set(key, given)
+        _insist(lambda: store.set(key, given), patience)
         return given
-    return store.compare_set(key, "", new_id()).decode()
+    own = new_id()
+    return _insist(lambda: store.compare_set(key, "", own), patience).decode()
 
 
-def count(store: Store, run_id: str, earlier: int) -> int:
+def count(store: Store, run_id: str, earlier: int, patience: Patience) -> int:
     """Which attempt at the run this is in the store's count, after `earlier` ones that this process
-    knows of but may have made before there was a store."""
+    knows of but may have made before there was a store. A count that was cut off may leave a number out."""
     key = f"trackagent/attempt/{run_id}"
-    number = store.add(key, 1)
-    return number if number > earlier else store.add(key, earlier + 1 - number)
+    number = _insist(lambda: store.add(key, 1), patience)
+    if number > earlier:
+        return number
+    return _insist(lambda: store.add(key, earlier + 1 - number), patience)
 
 
-def began(store: Store, run_id: str, now_ns: int) -> int:
+def began(store: Store, run_id: str, now_ns: int, patience: Patience) -> int:
     """When this job first began the run: now, unless an earlier worker group did."""
-    return int(store.compare_set(f"trackagent/began/{run_id}", "", str(now_ns)))
+    key = f"trackagent/began/{run_id}"
+    return int(_insist(lambda: store.compare_set(key, "", str(now_ns)), patience))
 
 
 def ask(store: Store, link: Link, call: int, who: str, patience: Patience) -> Word:
     """Rank 0's word, from the rank 0 that lives now. `who` asks, for the message of an
     IdentityError when no answer came in time."""
-    answer = f"trackagent/{call}/answer/{store.add(f'trackagent/{call}/asks', 1)}"
+    prefix = f"trackagent/{call}"
+    number = 0
+    asked_at = -math.inf
+
+    def answered() -> bytes | None:
+        nonlocal number, asked_at
+        try:
+            if patience.clock() - asked_at >= LOOK_AGAIN_S:
+                # Also at the first look. An ask that was cut off is no more than one too many.
+                if not number or store.add(f"{prefix}/asks", 0) < number:
+                    number = store.add(f"{prefix}/asks", 1)
+                asked_at = patience.clock()
+            if store.add(f"{prefix}/answered", 0) >= number:
+                return store.get(f"{prefix}/word")
+        except Unclear:
+            pass
+        return None
+
     # Not store.wait(): it cannot be interrupted by Ctrl-C, and every time-out in it writes to
     # stderr.
-    answered = patience.until(
-        lambda: store.check([answer]) or None, "client.init() on rank 0", ASK_POLL_S
-    )
-    if not answered:
+    said = patience.until(answered, "client.init() on rank 0", ASK_POLL_S)
+    if said is None:
         raise IdentityError(
             f"{who} waited {patience.limit_s:g} s for rank 0's word through {link.name}: rank 0 "
             f"has not made its client.init() call number {call}, or has finished that run already; "
             "call client.init() on every rank, equally often, or raise "
             "TRACKAGENT_IDENTITY_TIMEOUT_S"
         )
-    word = Word.decode(store.get(answer))
-    store.add(f"trackagent/taken/{word.token}", 1)
+    word = Word.decode(said)
+    # Where that is cut off, rank 0 serves for longer than it need.
+    with contextlib.suppress(Unclear):
+        store.add(f"trackagent/taken/{word.token}", 1)
     return word
+
+
+def _insist(step: Callable[[], T], patience: Patience) -> T:
+    """What the step returns, which is made again while it is cut off."""
+    problem = ""
+
+    def made() -> tuple[T] | None:
+        nonlocal problem
+        try:
+            return (step(),)
+        except Unclear as error:
+            problem = str(error)
+            return None
+
+    done = patience.until(made, "the store in which the ranks agree", INSIST_POLL_S)
+    if done is None:
+        raise RuntimeError(problem)
+    return done[0]
 
 
 class Server:
@@ -238,7 +293,9 @@ class Server:
             linger = max(0.0, min(wait_s, self._began + GRACE_S - self._clock()))
         self._stop_at = self._clock() + linger
         self._wake.set()
-        self._thread.join(linger + 1.0)
+        self._thread.join(linger + 0.5)
+        self._link.close()
+        self._thread.join(0.5)
 
     def _run(self) -> None:
         try:
@@ -250,6 +307,7 @@ class Server:
             pass  # The store went with the job's process group or its host: nobody is left to ask.
         finally:
             self._store = None
+            self._link.close()
 
     def _opened(self) -> Store | None:
         pause, longest = CONNECT_POLL_S
@@ -260,26 +318,29 @@ class Server:
         return store
 
     def _serve(self, store: Store) -> None:
-        prefix = f"trackagent/{self._call}"
-        taken = f"trackagent/taken/{self._word.token}"
-        said = self._word.encode()
-        answered = store.add(f"{prefix}/answered", 0)
         shortest, longest = SERVE_POLL_S
         pause = shortest
         # The store may go with destroy_process_group(); torch prints a stack when it is used after.
         while self._link.alive():
-            asks = store.add(f"{prefix}/asks", 0)
-            if asks > answered:
-                for number in range(answered + 1, asks + 1):
-                    store.set(f"{prefix}/answer/{number}", said)
-                store.add(f"{prefix}/answered", asks - answered)
-                answered = asks
-                pause = shortest
-            if not self._link.alive() or store.add(taken, 0) >= self._others:
-                return
+            with contextlib.suppress(Unclear):
+                if self._answered(store):
+                    pause = shortest
+                taken = f"trackagent/taken/{self._word.token}"
+                if not self._link.alive() or store.add(taken, 0) >= self._others:
+                    return
             if self._stops_within(shortest if self._stop_at is not None else pause):
                 return
             pause = min(longest, pause * POLL_GROWTH)
+
+    def _answered(self, store: Store) -> bool:
+        """Answers who has asked; whether there was anybody."""
+        prefix = f"trackagent/{self._call}"
+        asks = store.add(f"{prefix}/asks", 0)
+        if asks <= store.add(f"{prefix}/answered", 0):
+            return False
+        store.set(f"{prefix}/word", self._word.encode())
+        store.set(f"{prefix}/answered", str(asks))
+        return True
 
     def _stops_within(self, pause: float) -> bool:
         """Waits `pause` seconds, less when stop() is called; then says whether its time came."""

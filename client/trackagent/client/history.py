@@ -30,6 +30,7 @@ _LAUNCHERS_SAY = (
     "SLURM_JOB_ID",
     "SLURM_STEP_ID",
     "SLURM_PROCID",
+    "TRACKAGENT_JOB_ID",
 )
 # Frameworks set them in the rank itself, after init(): they count where they were there before.
 _SET_LATER = {"MASTER_ADDR", "MASTER_PORT"}

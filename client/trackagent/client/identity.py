@@ -115,6 +115,7 @@ def decide(
     environ: MutableMapping[str, str] = os.environ,
     history: History = THIS_PROCESS,
     find: Finder | None = None,
+    meet: Callable[[Ranks, Mapping[str, str]], tuple[Link | None, str]] | None = None,
     hostname: Callable[[], str] = socket.gethostname,
     new_id: Callable[[], str] = lambda: uuid4().hex,
     sleep: Callable[[float], object] = time.sleep,
@@ -124,7 +125,8 @@ def decide(
     """The identity of this process in the next run of its job; to be called once for each init(),
     by the main process of a rank, on every rank equally often.
 
-    hubs: which hub rank 0 names; None: it names none. Notes in `environ` what processes that this one starts
+    hubs: which hub rank 0 names; None: it names none. meet: where ranks without torch meet, and without such
+    a place, why; asked where they need one. Notes in `environ` what processes that this one starts
     need to know. Returns within about twice
     `timeout_s`. On rank 0 of a job it leaves a daemon thread that gives its word to the others. ConfigError
     names an unusable argument or variable; IdentityError says what was waited for. A call that raises does
@@ -145,7 +147,11 @@ def decide(
         # process of the run that it was given.
         link = None
         ranks = ranks if given else Ranks(rank=0, local_rank=0, world_size=1)
+    # Through torch's store alone does rank 0 say a hub: where ranks meet at one, it is their agents' already.
     hub, problem = _hub(hubs, ranks, link, given, belongs=belongs)
+    if link is None and not given and ranks.world_size > 1 and meet is not None:
+        link, why = meet(ranks, environ)
+        obstacle = f"{obstacle}; {why}"
     caller = _Caller(
         ranks=ranks,
         call=history.calls + 1,
@@ -223,7 +229,9 @@ def _hub(
         return (hubs.of(given) if given else None), ""
     if ranks.rank != 0:
         return None, ""
-    return hubs.name(ranks) if link is not None else (None, hubs.unheard(ranks))
+    if link is None:
+        return None, hubs.unheard(ranks) if given else ""
+    return hubs.name(ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,19 +307,24 @@ def _through_the_store(caller: _Caller, link: Link) -> _Agreed:
     store = connect(link, patience)
     if store is None:
         return _store_did_not_open(caller, link, patience.limit_s)
+    serves = False
     try:
         if caller.ranks.rank != 0:
             return _Agreed(word=ask(store, link, caller.call, str(caller), caller.patience))
-        run_id = claim(store, caller.call, caller.given, caller.new_id)
-        number = count(store, run_id, caller.earlier.get(run_id, 0))
-        job_time_ns = began(store, run_id, caller.now_ns())
+        run_id = claim(store, caller.call, caller.given, caller.new_id, caller.patience)
+        number = count(store, run_id, caller.earlier.get(run_id, 0), caller.patience)
+        job_time_ns = began(store, run_id, caller.now_ns(), caller.patience)
+        serves = not caller.alone
     except RuntimeError as error:
         raise IdentityError(
             f"{caller} lost {link.name} while the ranks agreed on a run: {error}; "
             "see why rank 0 or its node ended"
         ) from error
+    finally:
+        if not serves:
+            link.close()
     word = caller.word(run_id, number, job_time_ns)
-    return _Agreed(word=word, server=None if caller.alone else caller.server(store, link, word))
+    return _Agreed(word=word, server=caller.server(store, link, word) if serves else None)
 
 
 def _store_did_not_open(caller: _Caller, link: Link, waited_s: float) -> _Agreed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import threading
 import weakref
 from collections import deque
@@ -16,7 +15,7 @@ from collections.abc import Callable, Mapping
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 
-from trackagent.client import device, record
+from trackagent.client import channel, device, record
 from trackagent.client.config import ClientConfig
 from trackagent.client.errors import TooManyCalls, TrackagentError
 from trackagent.client.journal import Journal, Lane
@@ -96,7 +95,7 @@ class Producer:
         if who.hub is not None:
             producer["hub"] = who.hub.text()
         # gRPC does not survive a fork: such a process only writes its journal, and the agent reads that.
-        if forked or _grpc_is_lost:
+        if forked or channel.is_lost():
             producer["sender"] = False
             self._sender = None
         else:
@@ -250,15 +249,11 @@ class Producer:
 
 
 open_producers: weakref.WeakSet[Producer] = weakref.WeakSet()
-# This process was forked from one that had loaded gRPC, whose threads it lacks.
-_grpc_is_lost = False
 
 
 def _after_fork_in_child() -> None:
     from trackagent.client.history import run_is_inherited  # which init() has imported
 
-    global _grpc_is_lost
-    _grpc_is_lost = _grpc_is_lost or "grpc" in sys.modules
     for one in list(open_producers):
         one._after_fork_in_child()
         run_is_inherited(one.id)

@@ -10,9 +10,7 @@ Everything is at-least-once: after a break the agent says what it has, and the r
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import random
 import resource
 import threading
@@ -22,15 +20,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from trackagent.client import imports
+from trackagent.client import channel, imports
 from trackagent.client.config import ClientConfig
 from trackagent.client.hub import Hub
 from trackagent.client.journal import Journal
 from trackagent.client.trust import check_socket
 
 if TYPE_CHECKING:
-    import grpc
-
     from trackagent.protos.v1 import agent_pb2
 
 logger = logging.getLogger("trackagent")
@@ -45,9 +41,6 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 # An agent may start a moment after the ranks: no reason to warn.
 GRACE_S = 5.0
-# Descriptors that must be free before gRPC is imported or connects. It takes 9, beside the few that other
-# threads may just be taking (those of a git command are 6); where it finds none, it aborts the process.
-NEEDED_DESCRIPTORS = 20
 
 
 class Sender:
@@ -177,21 +170,17 @@ class Sender:
             )
             self._given_up = self._draining
             return False
-        if _is_short_of_descriptors():
+        if channel.is_short_of_descriptors():
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             self._warn(
-                f"nothing is sent to {address}: of the {limit} files that this process may have open, fewer "
-                f"than {NEEDED_DESCRIPTORS} are left (raise `ulimit -n`); it is tried again, and records are "
-                f"kept in {self._config.directory} or {self._config.state_directory}"
+                f"nothing is sent to {address}: of the {limit} files that this process may have open, "
+                f"fewer than {channel.NEEDED_DESCRIPTORS} are left (raise `ulimit -n`); it is tried again, "
+                f"and records are kept in {self._config.directory} or {self._config.state_directory}"
             )
             self._given_up = self._draining
             return False
-        # gRPC prints a line at every fork unless told so before its import.
-        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         with imports.whole():
-            import grpc
-
-            _keep_grpc()
+            grpc = channel.grpc_module()
             # Which imports the protocol, and grpc the rest of itself.
             stream = _Stream(address, self._producer, self._acknowledged, self.wake)
         try:
@@ -259,32 +248,6 @@ class Sender:
             logger.warning("%s", message)
 
 
-def _is_short_of_descriptors() -> bool:
-    # Counted, not tried: to take them for a moment could fail somebody else's open().
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
-        return False
-    try:
-        return limit - len(os.listdir("/proc/self/fd")) < NEEDED_DESCRIPTORS
-    except FileNotFoundError:  # no /proc here
-        return False
-    except OSError as error:
-        return error.errno == errno.EMFILE
-
-
-_kept: grpc.Channel | None = None  # never connected, never closed
-
-
-def _keep_grpc() -> None:
-    """Keeps gRPC from being shut down with its last channel. That waits for gRPC's own threads, up to 10 s,
-    and so does who makes the next channel, with the interpreter's lock held: nothing else runs."""
-    global _kept
-    if _kept is None:
-        import grpc
-
-        _kept = grpc.insecure_channel("unix:/nobody")
-
-
 class _Stream:
     """One connection: OpenRun, then Push until it breaks."""
 
@@ -295,7 +258,6 @@ class _Stream:
         acknowledged: Callable[[_Stream, int, int], None],
         wake: Callable[[], None],
     ) -> None:
-        import grpc
 
         from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
@@ -310,9 +272,7 @@ class _Stream:
         self.broken = False
         self.progressed = False
         self.problem = ""
-        # Channels to one address share their back-off unless told not to; ours is the sender's.
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
-        self._channel: grpc.Channel = grpc.insecure_channel(address, options)
+        self._channel = channel.open_channel(address)
         self._stub = agent_pb2_grpc.AgentStub(self._channel)
 
     def open(self, held: Mapping[int, int], schemas: Sequence[bytes]) -> dict[int, int]:

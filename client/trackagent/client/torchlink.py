@@ -79,6 +79,9 @@ class TorchLink:
         self._had_group = self._had_group or has_group
         return listens and has_group == self._had_group
 
+    def close(self) -> None:
+        """Connections end with the objects that have them."""
+
     def _listens(self) -> bool:
         try:
             socket.create_connection((self._host, self._port), timeout=5).close()
@@ -108,3 +111,6 @@ class GroupLink:
 
     def alive(self) -> bool:
         return bool(self._dist.is_initialized())
+
+    def close(self) -> None:
+        """Its connection ends with the object that has it."""
