@@ -61,6 +61,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._state = _State()
+        self._written: list[Batch] = []
 
     def close(self) -> None:
         pass
@@ -124,6 +125,23 @@ class MemoryStore:
     def last_written(self, origin: str) -> int:
         return max((id_.last for id_ in self._state.applied if id_.origin == origin), default=0)
 
+    def copies(self, run_id: str, known: Callable[[str], int]) -> Iterator[Batch]:
+        producers = [one for one in self._state.producers.values() if one.run_id == run_id]
+        ids = {info.producer_id for info in producers}
+        for number, batch in enumerate(self._written, start=1):
+            lists = ("params", "tags", "events", "points", "ends", "losses", "gaps")
+            said = {
+                name: [one for one in getattr(batch, name) if one.producer_id in ids]
+                for name in lists
+            }
+            records = {id_: count for id_, count in batch.metric_records.items() if id_ in ids}
+            yield Batch(
+                BatchId(f"copy of {run_id}", number, number),
+                producers,
+                **said,
+                metric_records=records,
+            )
+
     def ranges(self, origin: str) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         for id_ in sorted(self._state.applied | self._state.included):
@@ -151,6 +169,7 @@ class MemoryStore:
         for end in batch.ends:
             if end.status not in ("finished", "failed", "killed"):
                 raise Rejected(end.status)
+        self._written.append(batch)
         state.applied.add(batch.id)
         state.included.update(batch.includes)
         state.producers = producers

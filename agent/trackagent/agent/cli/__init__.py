@@ -36,6 +36,7 @@ COMMANDS = {
     "tail": "points",
     "top": "top",
     "export": "points",
+    "forward": "forward",
     "dead-letters": "deadletters",
     "doctor": "setup",
     "config": "setup",

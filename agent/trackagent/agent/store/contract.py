@@ -11,7 +11,7 @@ Reading: any thread or process, also while a batch is written; a reader sees who
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -461,6 +461,13 @@ class Reader(Protocol):
     def reduction(self, run_id: str, key: str, over: str = "all") -> Reduction:
         """Of what is stored as reductions and of ranks' points that stand in none. NotFound where there is
         nothing; the message lists over what there is."""
+        ...
+
+    def copies(self, run_id: str, known: Callable[[str], int]) -> Iterator[Batch]:
+        """All that ranks logged and agents reduced of a run, its params, tags, events and ends, for another
+        store: known(origin) is up to where that one has what this one said under an origin, 0 for nothing.
+        The same is always said under the same ids; a run that goes on may be copied again. What was sampled
+        on nodes is left out. In bounded memory."""
         ...
 
     def ranges(self, origin: str) -> list[tuple[int, int]]:

@@ -18,8 +18,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from trackagent.agent.store import chunks, curves, database, reductions, views
+from trackagent.agent.store import chunks, copies, curves, database, reductions, views
 from trackagent.agent.store.contract import (
+    Batch,
     Buckets,
     Event,
     ExportBlock,
@@ -239,6 +240,11 @@ class SqliteReader:
     def reduction(self, run_id: str, key: str, over: str = "all") -> Reduction:
         with self._connected("reduce over ranks") as connection:
             return reductions.of_run(connection, self._row_of(connection, run_id), key, over)
+
+    def copies(self, run_id: str, known: Callable[[str], int]) -> Iterator[Batch]:
+        with self._connected("copy a run") as connection:
+            run = self._row_of(connection, run_id)
+        return copies.copies(self._connected, run, known)
 
     def ranges(self, origin: str) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []

@@ -60,6 +60,31 @@ def test_what_batches_were_made_of_is_known(writer: Writer, reader: Reader) -> N
     assert reader.ranges("node d") == []
 
 
+def copy(source: Reader, target: tuple[Writer, Reader]) -> None:
+    def known(origin: str) -> int:
+        return max((last for _, last in target[1].ranges(origin)), default=0)
+
+    for one in source.copies(RUN, known):
+        target[0].write(one)
+
+
+def test_a_copied_run_is_the_same(open_store: OpenStore) -> None:
+    source, target = open_store(), open_store()
+    for one in STORY:
+        source[0].write(one)
+    copy(source[1], target)
+    assert everything(target[1]) == everything(source[1])
+
+
+def test_a_run_that_goes_on_is_copied_as_it_does(open_store: OpenStore) -> None:
+    source, target = open_store(), open_store()
+    for one in STORY:
+        source[0].write(one)
+        copy(source[1], target)
+        copy(source[1], target)
+    assert everything(target[1]) == everything(source[1])
+
+
 def test_batches_written_again_change_nothing(writer: Writer, reader: Reader) -> None:
     for one in STORY:
         writer.write(one)

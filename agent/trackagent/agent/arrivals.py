@@ -1,0 +1,63 @@
+"""What other agents forward, on its way into the spool: a spool that is new asks what is known of before.
+
+A hub whose spool is lost, and whose store is not, must not take a part again that the store has. So the
+first time that it hears of an origin, it asks the store, or the hub that everything goes to.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import BatchId
+
+Ranges = Sequence[tuple[int, int]]
+# Origins that were asked about; then all are asked about again.
+_REMEMBERED = 100_000
+# Who asks may wait for the disk, or for another hub.
+_ASKING = 4
+
+
+class Arrivals:
+    """Takes parts into the spool. before: which ranges of an origin came before this spool; what it raises
+    keeps the part where it is. Futures fail with that, and as Spool.accept does. Any thread may call."""
+
+    def __init__(self, spool: Spool, before: Callable[[str], Ranges]) -> None:
+        self._spool = spool
+        self._before = before
+        self._lock = threading.Lock()
+        self._asked: set[str] = set()
+        self._askers = ThreadPoolExecutor(_ASKING, thread_name_prefix="arrivals")
+
+    def accept(self, id_: BatchId, part: bytes, node: str) -> Future[None]:
+        """As Spool.accept."""
+        if id_.origin in self._asked:
+            return self._spool.accept(id_, part, node)
+        return self._askers.submit(self._accept, id_, part, node)
+
+    def arrived(self, origin: str) -> Future[list[tuple[int, int]]]:
+        """As Spool.arrived, with what is known of before."""
+        if origin in self._asked:
+            return self._spool.arrived(origin)
+        return self._askers.submit(self._arrived, origin)
+
+    def close(self) -> None:
+        self._askers.shutdown()
+
+    def _accept(self, id_: BatchId, part: bytes, node: str) -> None:
+        self._ask(id_.origin)
+        self._spool.accept(id_, part, node).result()
+
+    def _arrived(self, origin: str) -> list[tuple[int, int]]:
+        self._ask(origin)
+        return self._spool.arrived(origin).result()
+
+    def _ask(self, origin: str) -> None:
+        if not self._spool.arrived(origin).result():
+            self._spool.note_arrived(origin, self._before(origin)).result()
+        with self._lock:
+            if len(self._asked) >= _REMEMBERED:
+                self._asked.clear()
+            self._asked.add(origin)

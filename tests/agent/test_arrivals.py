@@ -1,0 +1,82 @@
+"""A new spool takes no part that came before it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.agent.spools import spooled
+from trackagent.agent.arrivals import Arrivals
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import BatchId, StoreError
+
+ORIGIN, OTHER = "ab" * 16, "cd" * 16
+
+
+class Before:
+    """What a store knows; the first answers may be what went wrong."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.problems: list[Exception] = []
+
+    def __call__(self, origin: str) -> Sequence[tuple[int, int]]:
+        self.asked.append(origin)
+        if self.problems:
+            raise self.problems.pop()
+        return [(1, 4), (9, 9)] if origin == ORIGIN else []
+
+
+@pytest.fixture
+def before() -> Before:
+    return Before()
+
+
+@pytest.fixture
+def arrivals(opened: Spool, before: Before) -> Iterator[Arrivals]:
+    one = Arrivals(opened, before)
+    yield one
+    one.close()
+
+
+def accept(arrivals: Arrivals, first: int, last: int, origin: str = ORIGIN) -> None:
+    part = f"{first}-{last}".encode().ljust(8)
+    arrivals.accept(BatchId(origin, first, last), part, "host-b").result()
+
+
+def test_what_the_store_has_is_not_taken_again(arrivals: Arrivals, opened: Spool) -> None:
+    for ends in ((1, 4), (5, 8), (9, 9), (10, 10)):
+        accept(arrivals, *ends)
+    assert [data.rstrip() for _, _, data in spooled(opened)] == [b"5-8", b"10-10"]
+    assert arrivals.arrived(ORIGIN).result() == [(1, 10)]
+
+
+def test_it_is_asked_once_for_each_origin(arrivals: Arrivals, before: Before) -> None:
+    for _ in range(3):
+        accept(arrivals, 5, 8)
+        accept(arrivals, 5, 8, OTHER)
+    assert sorted(before.asked) == [ORIGIN, OTHER]
+
+
+def test_who_asks_for_an_origin_first_hears_what_the_store_has(arrivals: Arrivals) -> None:
+    assert arrivals.arrived(ORIGIN).result() == [(1, 4), (9, 9)]
+
+
+def test_nothing_is_taken_while_the_store_does_not_answer(
+    arrivals: Arrivals, opened: Spool, before: Before
+) -> None:
+    before.problems.append(StoreError("locked"))
+    with pytest.raises(StoreError):
+        accept(arrivals, 1, 4)
+    assert spooled(opened) == []
+    accept(arrivals, 1, 4)
+    assert spooled(opened) == []
+
+
+def test_a_spool_that_knows_an_origin_needs_to_ask_nobody(
+    arrivals: Arrivals, opened: Spool, before: Before
+) -> None:
+    opened.accept(BatchId(ORIGIN, 20, 20), b"20-20   ", "host-b").result()
+    accept(arrivals, 21, 21)
+    assert before.asked == []
