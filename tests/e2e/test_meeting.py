@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
 import grpc
 import pytest
 
-from tests.fakes import DEADLINE_S, Folders, next_line, short_folder, start_script, wait_until
+from tests.fakes import (
+    DEADLINE_S,
+    AgentProcess,
+    Folders,
+    next_line,
+    short_folder,
+    start_script,
+    wait_until,
+)
 from trackagent.protos.v1 import agent_pb2, agent_pb2_grpc
 
 # Says which run it is in, and ends it at the end of its input.
@@ -28,55 +34,6 @@ print(run.id, run.attempt, run.rank, run.world_size, flush=True)
 sys.stdin.read()
 client.finish()
 """
-
-
-class Table(agent_pb2_grpc.AgentServicer):
-    """An agent's table, for jobs that meet at `socket`, in memory as an agent's."""
-
-    def __init__(self, socket: Path, jobs: dict[str, dict[str, bytes]] | None = None) -> None:
-        """jobs: of a hub that several of them share."""
-        self.jobs = {} if jobs is None else jobs
-        self._socket = socket
-        self._lock = threading.Lock()
-        self._server: grpc.Server | None = None
-
-    def start(self) -> None:
-        self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._server = grpc.server(futures.ThreadPoolExecutor(8))
-        agent_pb2_grpc.add_AgentServicer_to_server(self, self._server)
-        self._server.add_insecure_port(f"unix:{self._socket}")
-        self._server.start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop(None).wait(DEADLINE_S)
-            self._server = None
-
-    def restart(self) -> None:
-        """As an agent that was killed and started again: what it knew is lost."""
-        self.stop()
-        self.jobs.clear()
-        self.start()
-
-    def asks(self) -> int:
-        with self._lock:
-            return sum(int(job.get("trackagent/1/asks", b"0")) for job in self.jobs.values())
-
-    def Meet(
-        self, request: agent_pb2.MeetRequest, context: grpc.ServicerContext
-    ) -> agent_pb2.MeetResponse:
-        operation = agent_pb2.MeetRequest.Operation.Name(request.operation)
-        with self._lock:
-            job = self.jobs.setdefault(request.job, {})
-            there = job.get(request.key)
-            if operation == "SET":
-                job[request.key] = request.value
-            elif operation == "ADD":
-                job[request.key] = str(int(there or b"0") + request.amount).encode()
-            elif operation == "COMPARE_SET" and (there or b"") == request.expected:
-                job[request.key] = request.value
-            found = job.get(request.key)
-        return agent_pb2.MeetResponse(found=found is not None, value=found or b"")
 
 
 class Told(NamedTuple):
@@ -133,14 +90,21 @@ def job(folders: Folders) -> Iterator[Job]:
 
 
 @pytest.fixture
-def table(folders: Folders) -> Iterator[Table]:
-    table = Table(folders.socket)
-    yield table
-    table.stop()
+def agent(own_agent: Callable[..., AgentProcess]) -> AgentProcess:
+    """Not yet started."""
+    return own_agent()
 
 
-def test_ranks_agree_and_count_their_restarts_as_attempts(job: Job, table: Table) -> None:
-    table.start()
+def asks(agent: AgentProcess) -> int:
+    """How many ranks have asked for rank 0's word at the first init()."""
+    request = agent_pb2.MeetRequest(job="job seven", operation="GET", key="trackagent/1/asks")
+    with grpc.insecure_channel(agent.address) as channel:
+        answer = agent_pb2_grpc.AgentStub(channel).Meet(request, timeout=DEADLINE_S)
+    return int(answer.value or b"0")
+
+
+def test_ranks_agree_and_count_their_restarts_as_attempts(job: Job, agent: AgentProcess) -> None:
+    agent.start()
     first = [told(process) for process in [job.rank(rank, of=3) for rank in (2, 0, 1)]]
     assert {(one.run_id, one.attempt) for one in first} == {(first[0].run_id, 1)}
     assert sorted((one.rank, one.world_size) for one in first) == [(0, 3), (1, 3), (2, 3)]
@@ -151,76 +115,72 @@ def test_ranks_agree_and_count_their_restarts_as_attempts(job: Job, table: Table
     assert told(job.rank(1))[:2] == (first[0].run_id, 2)
 
 
-def test_jobs_of_other_names_are_other_runs(job: Job, table: Table) -> None:
-    table.start()
+def test_jobs_of_other_names_are_other_runs(job: Job, agent: AgentProcess) -> None:
+    agent.start()
     ranks = [job.rank(rank, TRACKAGENT_JOB_ID=name) for name in ("a", "b") for rank in (0, 1)]
     runs = [told(process).run_id for process in ranks]
     assert (runs[0] == runs[1], runs[2] == runs[3], runs[0] == runs[2]) == (True, True, False)
 
 
 def test_ranks_wait_for_an_agent_and_for_one_that_is_killed_meanwhile(
-    job: Job, table: Table
+    job: Job, agent: AgentProcess
 ) -> None:
     other = job.rank(1)
     # It is at work by now, or will be: either way there is nobody to ask.
-    table.start()
-    wait_until(lambda: table.asks() == 1, "rank 1 asks")
-    table.restart()
+    agent.start()
+    wait_until(lambda: asks(agent) == 1, "rank 1 asks")
+    agent.kill()
+    agent.start()
     first = told(job.rank(0))
     assert (told(other).run_id, first.attempt) == (first.run_id, 1)
 
 
 def test_an_agent_that_is_killed_after_rank_0_began_keeps_no_rank_out(
-    job: Job, table: Table
+    job: Job, agent: AgentProcess
 ) -> None:
-    table.start()
+    agent.start()
     first, second = (told(process) for process in [job.rank(rank, of=3) for rank in (0, 1)])
-    table.restart()
+    agent.kill()
+    agent.start()
     assert told(job.rank(2, of=3))[:2] == first[:2] == second[:2]
 
 
 @pytest.fixture
-def two_nodes(folders: Folders) -> Iterator[Callable[[bool], list[Folders]]]:
-    """two_nodes(store): two nodes with an agent each, with a common hub or without."""
-    tables: list[Table] = []
-    other = short_folder()
+def node() -> Iterator[Callable[..., AgentProcess]]:
+    """node(*flags): an agent on folders of its own, started, ended after the test."""
+    agents: list[AgentProcess] = []
 
-    def start(store: bool) -> list[Folders]:
-        nodes = [folders, Folders.under(other)]
-        jobs: dict[str, dict[str, bytes]] = {}
-        for node in nodes:
-            tables.append(Table(node.socket, jobs if store else None))
-            tables[-1].start()
-            if store:
-                said = node.directory / "hub.json"
-                said.write_text(json.dumps({"version": 1, "store": True}))
-                said.chmod(0o600)
-        return nodes
+    def start(*flags: str) -> AgentProcess:
+        agents.append(AgentProcess(Folders.under(short_folder()), *flags))
+        return agents[-1].start()
 
     yield start
-    for table in tables:
-        table.stop()
-    shutil.rmtree(other)
+    for agent in agents:
+        agent.close()
+        shutil.rmtree(agent.folders.directory.parent)
 
 
 def test_ranks_of_two_nodes_meet_at_the_hub_that_their_agents_deliver_to(
-    two_nodes: Callable[[bool], list[Folders]], job: Job
+    node: Callable[..., AgentProcess], job: Job, tmp_path: Path
 ) -> None:
-    nodes = two_nodes(True)
-    ranks = [job.rank(rank, folders=nodes[rank], LOCAL_WORLD_SIZE="1") for rank in (0, 1)]
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    hub = node("--listen", "127.0.0.1:0", "--token-file", str(token))
+    said = json.loads((hub.folders.directory / "hub.json").read_text())
+    nodes = [node("--store", said["address"], "--token-file", str(token)) for _ in range(2)]
+    ranks = [job.rank(rank, folders=nodes[rank].folders, LOCAL_WORLD_SIZE="1") for rank in (0, 1)]
     first, second = (told(process) for process in ranks)
     assert first[:2] == second[:2]
 
 
 def test_ranks_of_two_nodes_that_have_no_common_hub_are_told_what_to_set(
-    two_nodes: Callable[[bool], list[Folders]], job: Job
+    job: Job, agent: AgentProcess
 ) -> None:
-    nodes = two_nodes(False)
-    ranks = [job.rank(rank, folders=nodes[rank], LOCAL_WORLD_SIZE="1") for rank in (0, 1)]
-    for process in ranks:
-        said = refusal(process)
-        assert "IdentityError: the ranks are on several nodes" in said
-        assert "start every node's agent with `trackagent start --store HOST:PORT`" in said
+    agent.start()
+    said = refusal(job.rank(0, LOCAL_WORLD_SIZE="1"))
+    assert "IdentityError: the ranks are on several nodes" in said
+    assert "start every node's agent with `trackagent start --store HOST:PORT`" in said
 
 
 def test_ranks_without_an_agent_are_told_after_their_time(job: Job) -> None:

@@ -343,6 +343,11 @@ async def _serve(
         # nohup has it ignored: the agent outlives its terminal then.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    # First: a rank that finds the socket looks at once for what the agent says of a hub.
+    if hub is not None:
+        await hub.start(spool, table, version)
+    elif config.store:
+        hubserver.say(config, store=True)
     path = config.socket_path if access is None else config.inner_socket_path
     try:
         # Whoever connects to a socket that a killed agent left is refused; the lock says that it is nobody's.
@@ -356,8 +361,6 @@ async def _serve(
     except OSError as error:
         raise AgentError(f"{error}; give another --dir") from error
     _open_to_group(config)
-    if hub is not None:
-        await hub.start(spool, table, version)
     pipeline.start()
     await asyncio.to_thread(forwarding.start)
     orphans.start()
@@ -397,6 +400,8 @@ async def _serve(
     await listening.stop(STOP_GRACE_S)
     if hub is not None:
         await hub.stop(STOP_GRACE_S)
+    elif config.store:
+        hubserver.forget(config)
     if sockets[0].is_there():
         config.socket_path.unlink(missing_ok=True)
     if access is not None:

@@ -97,7 +97,10 @@ class HubServer:
                 f"cannot listen at {config.listen}: {error}; give another --listen"
             ) from error
         self.address = joined(host or "*", port)
-        self._say(joined(*_advertised(config, host, port)))
+        if config.store:  # what comes here goes there
+            say(config, store=True)
+        else:
+            say(config, address=joined(*_advertised(config, host, port)), pin=self.pin)
         logger.info("other nodes may deliver at %s (pin %s)", self.address, self.pin)
 
     async def stop(self, grace_s: float) -> None:
@@ -113,24 +116,24 @@ class HubServer:
     def close(self) -> None:
         self.tokens.close()
 
-    def _say(self, address: str) -> None:
-        """Writes hub.json for the ranks of this node. The whole of it or nothing; no token stands there."""
-        path = self._config.hub_file_path
-        text = json.dumps({"version": FILE_VERSION, "address": address, "pin": self.pin})
-        new = path.with_suffix(".new")
-        try:
-            new.unlink(missing_ok=True)
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(descriptor, "w") as file:
-                file.write(f"{text}\n")
-            if self._config.group is not None:
-                shutil.chown(new, group=self._config.group)
-                new.chmod(0o640)
-            new.rename(path)
-        except (OSError, LookupError) as error:
-            raise AgentError(
-                f"cannot write {path}, in which ranks look for the hub: {error}"
-            ) from error
+
+def say(config: AgentConfig, **said: object) -> None:
+    """Writes hub.json for the ranks of this node. The whole of it or nothing; no token stands there."""
+    path = config.hub_file_path
+    new = path.with_suffix(".new")
+    try:
+        new.unlink(missing_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "w") as file:
+            file.write(json.dumps({"version": FILE_VERSION, **said}) + "\n")
+        if config.group is not None:
+            shutil.chown(new, group=config.group)
+            new.chmod(0o640)
+        new.rename(path)
+    except (OSError, LookupError) as error:
+        raise AgentError(
+            f"cannot write {path}, in which ranks look for the hub: {error}"
+        ) from error
 
 
 def table_of(config: AgentConfig) -> Table:
