@@ -25,6 +25,7 @@ SUBJECTS = {
     "throughput": "whole path, from log() to durable and readable",
     "agent": "agent at 8 ranks x 50 metrics x 10 Hz",
     "curves": "store",
+    "scale": "a hub under the agents of many nodes",
     "cuda": "log() of 10 tensors on a GPU",
 }
 PIPED_COLUMNS = 110

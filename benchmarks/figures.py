@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -64,6 +65,11 @@ class Node:
         return self.state / "store.db"
 
     @property
+    def token_path(self) -> Path:
+        """The cluster's token, where the agent is a hub."""
+        return self.state / "token"
+
+    @property
     def environment(self) -> dict[str, str]:
         """What makes a process log there: ours, less every other trackagent variable."""
         kept = {
@@ -79,27 +85,33 @@ class Node:
 
 
 @contextmanager
-def node(*, agent: bool, collect: str = "all") -> Iterator[Node]:
+def node(*, agent: bool, collect: str = "all", hub: bool = False) -> Iterator[Node]:
     """An empty node: journals in memory, state in the system's folder for temporary files (TMPDIR chooses the
-    disk). collect: what its agent samples. Ends what runs there and removes everything."""
+    disk). collect: what its agent samples; hub: it takes what other nodes forward, with a token. Ends what
+    runs there and removes everything."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     directory = Path(tempfile.mkdtemp(prefix="tb-", dir=memory))
     state = Path(tempfile.mkdtemp(prefix="tb-"))
     process: subprocess.Popen[bytes] | None = None
     here = Node(directory, state, None)
     try:
+        if hub:
+            here.token_path.touch(mode=0o600)
+            here.token_path.write_text(secrets.token_hex(32))
         if agent:
+            listening = ["--listen=127.0.0.1:0", f"--token-file={here.token_path}"]
             with (state / "agent.log").open("wb") as log:
                 process = subprocess.Popen(
                     [
                         *(sys.executable, "-m", "trackagent.agent.cli", "start"),
                         *("--log-level=warning", f"--collect={collect}"),
+                        *(listening if hub else ()),
                     ],
                     env=here.environment,
                     stdout=log,
                     stderr=log,
                 )
-            _wait_until_it_listens(process, here)
+            _wait_until_it_listens(process, here, "hub.json" if hub else "agent.sock")
             here = Node(directory, state, psutil.Process(process.pid))
         yield here
     finally:
@@ -111,9 +123,9 @@ def node(*, agent: bool, collect: str = "all") -> Iterator[Node]:
         shutil.rmtree(state)
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], here: Node) -> None:
+def _wait_until_it_listens(process: subprocess.Popen[bytes], here: Node, name: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not (here.directory / "agent.sock").exists():
+    while not (here.directory / name).exists():
         if process.poll() is not None or time.monotonic() > deadline:
             said = (here.state / "agent.log").read_text(errors="replace")
             raise BenchmarkError(f"the agent does not start:\n{said}")

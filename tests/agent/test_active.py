@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.agent.collect.sampled import stored
 from tests.agent.samples import producer
 from tests.agent.spools import ID
+from tests.fakes import wait_until
 from trackagent.agent.active import Active
 from trackagent.agent.collect.contract import Incident
 from trackagent.agent.spool import Spool
@@ -85,3 +86,18 @@ def test_an_event_can_be_for_a_run_that_has_ended(spool: Spool) -> None:
 
 def test_with_nobody_here_nobody_is_told(spool: Spool) -> None:
     assert Active(spool).tell(HOT) == 0
+
+
+def test_a_run_of_another_node_is_told_by_this_one(spool: Spool) -> None:
+    far = producer(2, run_id=OTHER, node="host-b")
+    active = Active(spool, "host-a")
+    for _ in range(2):
+        assert active.tell(HOT, to=far) == 1
+        wait_until(lambda: len(spool.producers().result()) == 1)
+        wait_until(lambda: spool.not_ended().result() == [])
+    spool.add_sink("store").result()
+    wait_until(lambda: spool.statistics().result()["batches"] == 2)
+    (voice,) = spool.producers().result()
+    assert [one.message for one in stored(spool).events] == [HOT.message] * 2
+    assert (voice.run_id, voice.source) == (OTHER, "node host-a")
+    assert active.ranks() == []

@@ -240,7 +240,7 @@ async def _serve(
     locks: Sequence[Lock],
     scrapes: Scrapes | None,
 ) -> bool:
-    active = Active(spool)
+    active = Active(spool, _node(config))
     sampler = _sampler(config, spool, active, access)
     hooks = Hooks(
         command=config.hook_command, url=config.hook_url, interval_s=config.hook_interval_s
