@@ -179,6 +179,9 @@ class Orphans(threading.Thread):
             logger.warning("cannot look for producers that are gone: %s; trying again", error)
 
     def _look_at(self, name: str) -> None:
+        # Nearly all journals at nearly all looks: known, delivered by their own sender, and held.
+        if self._live.get(name) is False and any(_is_held(base / name) for base in self._bases):
+            return
         folders = self._folders_of(name)
         for folder in folders:
             # Its owner may be deleting it just now.
@@ -374,17 +377,17 @@ class Orphans(threading.Thread):
 def _folders(base: Path) -> Iterator[str]:
     """The journals' names; those that begin with a dot are being made, and what is named otherwise is
     somebody else's."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in base.iterdir():
-            if _PRODUCER_ID.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                yield path.name
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(base) as entries:
+        for entry in entries:
+            if _PRODUCER_ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                yield entry.name
 
 
 def _in_the_making(base: Path) -> Iterator[Path]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in base.iterdir():
-            if _IN_THE_MAKING.fullmatch(path.name) and _is_our_folder(path):
-                yield path
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(base) as entries:
+        for entry in entries:
+            if _IN_THE_MAKING.fullmatch(entry.name) and _is_our_folder(base / entry.name):
+                yield base / entry.name
 
 
 def _is_our_folder(path: Path) -> bool:
@@ -395,12 +398,29 @@ def _is_our_folder(path: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
+def _is_held(folder: Path) -> bool:
+    """Whether a journal's owner lives. Only that: what stands in the way of the lock is for a closer look."""
+    try:
+        descriptor = os.open(f"{folder}/{LOCK_NAME}", _LOCK_FLAGS)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+_LOCK_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Holds the journal's lock; False while its owner lives."""
     try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(folder / LOCK_NAME, flags, 0o600)
+        descriptor = os.open(folder / LOCK_NAME, _LOCK_FLAGS | os.O_CREAT, 0o600)
     except FileNotFoundError:  # its owner is deleting it just now
         yield False
         return
