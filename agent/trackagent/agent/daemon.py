@@ -16,7 +16,7 @@ import socket
 import sqlite3
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ import trackagent.agent.store as store
 from trackagent.agent import hubserver, server, tls
 from trackagent.agent.access import Access
 from trackagent.agent.active import Active
+from trackagent.agent.arrivals import Arrivals, Ranges
 from trackagent.agent.collect.contract import Here
 from trackagent.agent.collect.recorder import Recorder
 from trackagent.agent.collect.sampler import Sampler
@@ -286,6 +287,7 @@ async def _serve(
         pin="" if hub is None else hub.pin,
         guests=None if hub is None else hub.tokens,
     )
+    arrivals = Arrivals(spool, _before(config))
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],
         max_bytes=config.quarantine_bytes,
@@ -345,7 +347,7 @@ async def _serve(
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # First: a rank that finds the socket looks at once for what the agent says of a hub.
     if hub is not None:
-        await hub.start(spool, table, version)
+        await hub.start(arrivals, table, version)
     elif config.store:
         hubserver.say(config, store=True)
     path = config.socket_path if access is None else config.inner_socket_path
@@ -402,6 +404,7 @@ async def _serve(
         await hub.stop(STOP_GRACE_S)
     elif config.store:
         hubserver.forget(config)
+    await asyncio.to_thread(arrivals.close)
     if sockets[0].is_there():
         config.socket_path.unlink(missing_ok=True)
     if access is not None:
@@ -530,6 +533,24 @@ async def _access(config: AgentConfig, spool: Spool) -> Access:
         max_connections=config.max_streams + OTHER_CONNECTIONS,
     )
     return Access(gate, owners)
+
+
+def _before(config: AgentConfig) -> Callable[[str], Ranges]:
+    """Asks what had come of another agent's spool before this agent's spool was."""
+    if config.store:
+        hub = upstream_sink(config, _node(config))
+
+        def at_the_hub(origin: str) -> Ranges:
+            last = hub.last_accepted(origin)
+            return [(1, last)] if last else []
+
+        return at_the_hub
+
+    def in_the_store(origin: str) -> Ranges:
+        with contextlib.closing(store.open_reader(config.store_path, timeout_s=1.0)) as reader:
+            return reader.ranges(origin)
+
+    return in_the_store
 
 
 def _lost(config: AgentConfig) -> dict[str, int]:
