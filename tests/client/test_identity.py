@@ -11,7 +11,7 @@ from tests.fakes import in_a_forked_process
 from trackagent.client.errors import ConfigError
 from trackagent.client.history import History, run_has_ended
 from trackagent.client.identity import Decision, Identity, decide
-from trackagent.client.ranks import Ranks, launcher_ranks
+from trackagent.client.ranks import Ranks, launcher_ranks, spans_nodes
 
 A = "a" * 32
 B = "b" * 32
@@ -202,6 +202,41 @@ def test_a_rank_beyond_the_world_is_refused() -> None:
 def test_a_world_without_a_rank_is_refused() -> None:
     with pytest.raises(ConfigError, match="WORLD_SIZE is '8' but RANK is not set"):
         launcher_ranks({"WORLD_SIZE": "8"})
+
+
+@pytest.mark.parametrize(
+    ("world_size", "environ", "spans"),
+    [
+        pytest.param(8, {"LOCAL_WORLD_SIZE": "4"}, True, id="torchrun, two nodes"),
+        pytest.param(8, {"LOCAL_WORLD_SIZE": "8"}, False, id="torchrun, one node"),
+        pytest.param(6, {"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, True, id="mpirun, two nodes"),
+        pytest.param(6, {"OMPI_COMM_WORLD_LOCAL_SIZE": "6"}, False, id="mpirun, one node"),
+        pytest.param(4, {"SLURM_NNODES": "2"}, True, id="srun, two nodes"),
+        pytest.param(
+            4,
+            {"SLURM_NNODES": "2", "SLURM_STEP_NUM_NODES": "1"},
+            False,
+            id="srun, one of two nodes",
+        ),
+        pytest.param(
+            4,
+            {"LOCAL_WORLD_SIZE": "4", "SLURM_NNODES": "2"},
+            False,
+            id="torchrun on one of two nodes",
+        ),
+        pytest.param(1, {"SLURM_NNODES": "2"}, False, id="one process"),
+        pytest.param(4, {}, None, id="nobody says"),
+    ],
+)
+def test_a_launcher_says_whether_ranks_are_on_several_nodes(
+    world_size: int, environ: dict[str, str], spans: bool | None
+) -> None:
+    assert spans_nodes(ranks(0, 0, world_size), environ) is spans
+
+
+def test_a_malformed_number_of_nodes_is_named() -> None:
+    with pytest.raises(ConfigError, match="SLURM_NNODES is 'two'"):
+        spans_nodes(ranks(0, 0, 2), {"SLURM_NNODES": "two"})
 
 
 # A process group

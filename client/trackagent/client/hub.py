@@ -7,7 +7,6 @@ the rank's agent. It holds the token, so it belongs in no log, message or enviro
 from __future__ import annotations
 
 import re
-import secrets
 from dataclasses import dataclass, field
 
 from trackagent.client.errors import ConfigError
@@ -62,4 +61,6 @@ class Hub:
 
 def new_token() -> str:
     """Nobody can guess it."""
+    import secrets  # which brings hashlib and more, for rank 0 alone
+
     return secrets.token_hex(16)

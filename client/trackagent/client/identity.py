@@ -75,7 +75,8 @@ class Identity:
 
 
 class Hubs(Protocol):
-    """Which hub a run has, as far as this process can say by itself. Bounded; raises nothing."""
+    """Which hub a run has, as far as this process can say by itself. Bounded; ConfigError names an unusable
+    variable."""
 
     def name(self, ranks: Ranks, /) -> tuple[Hub | None, str]:
         """The hub that rank 0 names, and a sentence for the user, or ""."""

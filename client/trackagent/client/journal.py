@@ -154,7 +154,10 @@ class Journal:
     ) -> None:
         self._identity = json.dumps(identity, ensure_ascii=False).encode()
         if len(self._identity) > MAX_IDENTITY_BYTES:
-            raise JournalError(f"the producer's identity takes {len(self._identity)} bytes")
+            raise JournalError(
+                f"the producer's identity takes {len(self._identity)} bytes, of {MAX_IDENTITY_BYTES}: give a "
+                "shorter experiment, run name or groups"
+            )
         self._producer_id = str(identity["producer_id"])
         self._segment_bytes = segment_bytes
         self._room = segment_bytes - HEADER_BYTES - LAST_WORDS_BYTES

@@ -24,7 +24,6 @@ from trackagent.client.config import ClientConfig
 from trackagent.client.errors import ConfigError
 from trackagent.client.hub import Hub, new_token
 from trackagent.client.ranks import Ranks, spans_nodes
-from trackagent.client.reach import joined, reachable_host
 from trackagent.client.segment import HEADER_BYTES, SUFFIX, read_header
 from trackagent.client.trust import read_trusted
 
@@ -61,7 +60,7 @@ class NodeHubs:
         config: ClientConfig,
         *,
         environ: Mapping[str, str] = os.environ,
-        host: Callable[[Mapping[str, str]], str] = reachable_host,
+        host: Callable[[Mapping[str, str]], str] | None = None,
         sleep: Callable[[float], object] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -145,7 +144,9 @@ class NodeHubs:
         host, _, port = offer.address.rpartition(":")
         address = offer.address
         if host in _WILDCARDS:
-            address = joined(self._host(self._environ), port)
+            from trackagent.client import reach  # for rank 0 alone, as what it imports
+
+            address = reach.joined((self._host or reach.reachable_host)(self._environ), port)
         return Hub(address, offer.pin, new_token())
 
 
