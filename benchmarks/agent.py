@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,14 +22,19 @@ SAMPLE_S = 0.5
 
 def measure(quick: bool) -> Iterator[Figure]:
     """CPU and memory while RANKS ranks log METRICS metrics at RATE_HZ: with every collector, which is what
-    was promised, and without any."""
+    was promised, without any, and as in a run of very many ranks."""
     seconds = QUICK_SECONDS if quick else SECONDS
     yield from _measure(seconds, "all", "every collector on", promised=True)
     yield from _measure(seconds, "none", "no collectors", promised=False)
+    flags = ("--keep-all-ranks=0",)
+    what = "no collectors, reductions and extremes kept"
+    yield from _measure(seconds, "none", what, promised=False, flags=flags)
 
 
-def _measure(seconds: float, collect: str, what: str, *, promised: bool) -> Iterator[Figure]:
-    with node(agent=True, collect=collect) as here:
+def _measure(
+    seconds: float, collect: str, what: str, *, promised: bool, flags: Sequence[str] = ()
+) -> Iterator[Figure]:
+    with node(agent=True, collect=collect, flags=flags) as here:
         assert here.agent is not None
         run_id = uuid4().hex
         workers = []

@@ -85,10 +85,12 @@ class Node:
 
 
 @contextmanager
-def node(*, agent: bool, collect: str = "all", hub: bool = False) -> Iterator[Node]:
+def node(
+    *, agent: bool, collect: str = "all", hub: bool = False, flags: Sequence[str] = ()
+) -> Iterator[Node]:
     """An empty node: journals in memory, state in the system's folder for temporary files (TMPDIR chooses the
-    disk). collect: what its agent samples; hub: it takes what other nodes forward, with a token. Ends what
-    runs there and removes everything."""
+    disk). collect: what its agent samples; hub: it takes what other nodes forward, with a token; flags: what
+    it is told besides. Ends what runs there and removes everything."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     directory = Path(tempfile.mkdtemp(prefix="tb-", dir=memory))
     state = Path(tempfile.mkdtemp(prefix="tb-"))
@@ -106,6 +108,7 @@ def node(*, agent: bool, collect: str = "all", hub: bool = False) -> Iterator[No
                         *(sys.executable, "-m", "trackagent.agent.cli", "start"),
                         *("--log-level=warning", f"--collect={collect}"),
                         *(listening if hub else ()),
+                        *flags,
                     ],
                     env=here.environment,
                     stdout=log,
