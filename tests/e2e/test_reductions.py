@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fakes import AgentProcess, Folders, next_line, start_script
+from tests.fakes import AgentProcess, Folders, next_line, short_folder, start_script
 
 RUN_ID = "6" * 32
 WORLD_SIZE = 3
@@ -37,7 +39,15 @@ def start(folders: Folders) -> Iterator[Start]:
     """start(rank, first, last, keep): a rank that logs these steps, and waits to be told of more."""
     started = []
 
-    def begin(rank: int, first: int, last: int, keep: str, **more: str) -> subprocess.Popen[str]:
+    def begin(
+        rank: int,
+        first: int,
+        last: int,
+        keep: str,
+        *,
+        folders: Folders = folders,
+        **more: str,
+    ) -> subprocess.Popen[str]:
         environment = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -151,3 +161,60 @@ def test_of_steps_that_a_restarted_job_logs_again_its_own_values_count(
     agent.wait_for_delivery()
     found = reduction(agent)
     assert [found[step]["count"] for step in range(20)] == [3] * 5 + [2] * 15
+
+
+@pytest.fixture
+def node() -> Iterator[Callable[..., AgentProcess]]:
+    """node(name, *flags): an agent on folders of its own, started, ended after the test."""
+    agents: list[AgentProcess] = []
+
+    def begin(name: str, *flags: str) -> AgentProcess:
+        folders = Folders.under(short_folder())
+        agents.append(AgentProcess(folders, "--node", name, "--collect", "none", *flags))
+        return agents[-1].start()
+
+    yield begin
+    for agent in agents:
+        agent.close()
+        shutil.rmtree(agent.folders.directory.parent)
+
+
+def test_over_the_ranks_of_two_nodes_their_hub_says_the_same_through_kills_of_all_agents(
+    node: Callable[..., AgentProcess], start: Start, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    token.chmod(0o600)
+    trust = ("--token-file", str(token), "--keep-all-ranks", "1")
+    hub = node("hub", "--listen", "127.0.0.1:0", *trust)
+    address = json.loads((hub.folders.directory / "hub.json").read_text())["address"]
+    forwarders = {
+        name: node(name, "--store", address, "--forward-interval-s", "0.1", *trust)
+        for name in ("left", "right")
+    }
+    places = ("left", "left", "right")
+    ranks = [
+        start(rank, 0, 40, "default", TRACKAGENT_NODE=name, folders=forwarders[name].folders)
+        for rank, name in enumerate(places)
+    ]
+    for process in ranks:
+        assert next_line(process) == "logged"
+    hub.flags = tuple(address if flag == "127.0.0.1:0" else flag for flag in hub.flags)
+    for agent in (hub, *forwarders.values()):
+        agent.kill()
+        agent.start()
+    go_on(ranks, 40)
+    for forwarder in forwarders.values():
+        forwarder.wait_for_delivery()
+    hub.wait_for_delivery()
+    found, left = reduction(hub), reduction(hub, over="node left")
+    assert {step: (one["count"], one["mean"]) for step, one in found.items()} == {
+        step: (3, pytest.approx(step + 8 / 6)) for step in range(80)
+    }
+    assert {(one["min_rank"], one["max_rank"]) for one in found.values()} == {(0, 2)}
+    assert {(one["count"], one["world_size"], one["max_rank"]) for one in left.values()} == {
+        (2, 2, 1)
+    }
+    assert [steps_of(hub, f"rank {rank}") for rank in (0, 2)] == [list(range(80))] * 2
+    summary = hub.wait_for_status(RUN_ID, "finished")
+    assert (summary.records_stored, summary.records_logged, summary.ranks) == (240, 240, 3)
