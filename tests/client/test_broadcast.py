@@ -165,6 +165,15 @@ def test_a_process_that_a_rank_forks_may_share_its_run_by_id(job: Job) -> None:
     assert (child.run_id, child.attempt, child.rank) == (A, first.attempt, 1)
 
 
+def test_what_torchrun_counts_on_a_node_is_not_the_attempt(job: Job) -> None:
+    counts = {0: "1", 1: "3"}
+    told = [
+        job.rank(rank, environ={"TORCHELASTIC_RESTART_COUNT": count}).identity.attempt
+        for rank, count in counts.items()
+    ]
+    assert told == [1, 1]
+
+
 def test_restarts_count_from_the_given_attempt(job: Job) -> None:
     environ = {"TRACKAGENT_ATTEMPT": "5"}
     job.all_ranks(environ=environ)
