@@ -146,20 +146,23 @@ class Pod:
         return self._containers[-1]
 
     def start(self, name: str = "trackagent", *, folder: str = "agent") -> Container:
-        """What the kubelet does before the trainer: the init containers in their order, the agent until its
-        probe succeeds; the agent. folder: the one that it has in the volume in memory."""
+        """What the kubelet does before the trainer: runs the init containers, the agent `name` as the last,
+        until it answers. folder: the one that it has in the volume in memory."""
         self.make_folders()
         agent = self.run(name)
-        probe = self.container(name)["startupProbe"]["exec"]["command"]
         socket = self.volume("trackagent-memory") / folder / SOCKET_NAME
 
-        def succeeds() -> bool:
+        def answers() -> bool:
             assert agent.is_running(), agent.output()
-            # Not before: each is a process that takes its time from the agent.
-            return socket.exists() and self.run(name, *probe).ended() == 0
+            return socket.exists()
 
-        wait_until(succeeds, "the startup probe succeeds")
+        wait_until(answers, "the agent answers")
         return agent
+
+    def probe(self, name: str) -> bool:
+        """Whether the startupProbe of a container succeeds."""
+        command = self.container(name)["startupProbe"]["exec"]["command"]
+        return self.run(name, *command).ended() == 0
 
     def make_folders(self) -> None:
         """Runs the first init container."""

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.deploy.pods import TOKEN, Pod, need_namespaces, pod, template
-from tests.fakes import AgentProcess, Folders, Point
-from trackagent.agent.config import STORE_NAME
+from tests.fakes import AgentProcess, Folders, Point, wait_until
+from trackagent.agent.config import SPOOL_NAME, STORE_NAME
 
 pytestmark = pytest.mark.usefixtures("_namespaces")
 
@@ -59,8 +59,10 @@ def kill_a_training_container(job: Pod) -> None:
 
 def test_what_a_trainer_logged_outlives_its_container(job: Pod, tmp_path: Path) -> None:
     sidecar = job.start()
+    wait_until(lambda: job.probe("trackagent"), "the kubelet may start the trainer")
     kill_a_training_container(job)
     assert sidecar.end_with(signal.SIGTERM) == 0
+    assert not job.probe("trackagent")
     run = stored(tmp_path).run(RUN_ID)
     assert run is not None
     assert (run.status, stored(tmp_path).exported(RUN_ID)) == ("killed", EVERY_POINT)
@@ -87,13 +89,17 @@ def test_what_a_sidecar_could_not_deliver_is_delivered_by_the_next_on_that_volum
 
 
 def test_a_volume_that_was_opened_to_its_group_is_closed_again(tmp_path: Path) -> None:
+    state = tmp_path / "trackagent-state"
     with pod(template(JOB), tmp_path, **ALONE) as first:
-        assert first.start().end_with(signal.SIGTERM) == 0
+        first.make_folders()
+        assert first.run("trackagent", "mkdir", "/var/lib/trackagent/dead-letters").ended() == 0
+        assert first.run("trackagent", "touch", f"/var/lib/trackagent/{SPOOL_NAME}").ended() == 0
     # As the kubelet does at each start where fsGroupChangePolicy is Always.
-    for path in (tmp_path / "trackagent-state").rglob("*"):
+    for path in state.rglob("*"):
         path.chmod(path.stat().st_mode | (0o2770 if path.is_dir() else 0o660))
     with pod(template(JOB), tmp_path, **ALONE) as second:
         assert second.start().end_with(signal.SIGTERM) == 0
+    assert [path for path in state.rglob("*") if path.stat().st_mode & 0o077] == []
 
 
 def test_a_trainer_sees_nothing_of_the_volumes_but_the_folders_that_are_its_users(job: Pod) -> None:
@@ -145,12 +151,10 @@ def test_the_agent_refuses_a_folder_in_a_volume_that_all_may_rename_in(job: Pod)
     assert agent.ended() == 1
 
 
-def test_a_nodes_agent_starts_in_folders_of_the_node_also_for_the_second_time(
-    tmp_path: Path,
-) -> None:
-    for _ in range(2):
-        with pod(template("agent/daemonset.yaml"), tmp_path, **ALONE) as made:
-            assert made.start(folder="1000").end_with(signal.SIGTERM) == 0
+def test_a_nodes_agent_starts_in_folders_that_root_makes_on_the_node(tmp_path: Path) -> None:
+    with pod(template("agent/daemonset.yaml"), tmp_path, **ALONE) as made:
+        made.make_folders()  # and again before each start
+        assert made.start(folder="1000").end_with(signal.SIGTERM) == 0
     for volume in ("trackagent-memory", "trackagent-state"):
         status = (tmp_path / volume / "1000").stat()
         assert (status.st_uid, status.st_mode) == (1000, 0o40700)
