@@ -23,7 +23,7 @@ from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
 from trackagent.agent.hub import MAX_MESSAGE_BYTES, SERVICE, Hub, Receiving
 from trackagent.agent.interceptors import Discreet
-from trackagent.agent.listener import Listener
+from trackagent.agent.listener import Listener, open_port
 from trackagent.agent.meeting import Elsewhere, Meetings, Table
 from trackagent.agent.refusals import Refusals
 from trackagent.agent.server import MAX_CALLS, MAX_METADATA_BYTES
@@ -40,7 +40,8 @@ _PING_S = tls.KEEPALIVE_S // 2
 
 
 class HubServer:
-    """Made before anything listens: AgentError where the key, the token or the CA's files cannot be used.
+    """Made before anything is taken: AgentError where the key, the token or the CA's files cannot be used, or
+    nothing can listen there.
 
     pin: who this hub is. tokens: which run tokens are good here."""
 
@@ -59,24 +60,28 @@ class HubServer:
             raise AgentError(
                 f"cannot open {config.tokens_path}, which says who may deliver here: {error}"
             ) from error
+        host, port = hub_address(config.listen, anywhere=True)
+        try:
+            # Whoever comes before it is served waits.
+            self._port = open_port(host, port)
+        except OSError as error:
+            self.tokens.close()
+            raise AgentError(
+                f"cannot listen at {config.listen}: {error.strerror or error}; give another --listen"
+            ) from error
+        self._host, port = host, self._port.getsockname()[1]
+        # Where it listens, with the port that was free, for people.
+        self.address = joined(host or "*", port)
         self._listener: Listener | None = None
         self._server: grpc.aio.Server | None = None
         self._hub: Hub | None = None
-        # Where it listens, with the port that was free; "" before it does.
-        self.address = ""
 
     async def start(self, spool: Receiving, table: Table, version: str) -> None:
         """Takes what other nodes forward into the spool. AgentError where it cannot listen."""
         config, refusals = self._config, Refusals()
-        host, port = hub_address(config.listen, anywhere=True)
         inner = config.inner_hub_path
         self._listener = Listener(
-            host,
-            port,
-            inner,
-            self._context,
-            refusals,
-            max_connections=config.max_streams,
+            self._port, inner, self._context, refusals, max_connections=config.max_streams
         )
         self._hub = Hub(
             spool,
@@ -91,16 +96,14 @@ class HubServer:
             private_folder(inner.parent)
             inner.unlink(missing_ok=True)
             self._server = await _served(self._hub, inner)
-            port = self._listener.start()
-        except (OSError, OverflowError) as error:
-            raise AgentError(
-                f"cannot listen at {config.listen}: {error}; give another --listen"
-            ) from error
-        self.address = joined(host or "*", port)
+        except OSError as error:
+            raise AgentError(f"{error}; give another --dir") from error
+        self._listener.start()
         if config.store:  # what comes here goes there
             say(config, store=True)
         else:
-            say(config, address=joined(*_advertised(config, host, port)), pin=self.pin)
+            port = self._port.getsockname()[1]
+            say(config, address=joined(*_advertised(config, self._host, port)), pin=self.pin)
         logger.info("other nodes may deliver at %s (pin %s)", self.address, self.pin)
 
     async def stop(self, grace_s: float) -> None:
@@ -114,6 +117,7 @@ class HubServer:
             self._hub.close()
 
     def close(self) -> None:
+        self._port.close()
         self.tokens.close()
 
 

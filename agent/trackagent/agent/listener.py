@@ -51,14 +51,13 @@ class Peer:
 
 
 class Listener:
-    """Listens at host and port ("" and "::": all addresses; 0: any that is free) for the service at `inner`.
+    """Takes connections of `port` (see `open_port`) for the service at `inner`.
 
     max_connections: of all hosts together; one may have half of them."""
 
     def __init__(
         self,
-        host: str,
-        port: int,
+        port: socket.socket,
         inner: Path,
         context: ssl.SSLContext,
         refusals: Refusals,
@@ -69,7 +68,7 @@ class Listener:
         burst_bytes: int = BURST_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._host, self._port, self._inner = host, port, inner
+        self._port, self._inner = port, inner
         self._context, self._refusals = context, refusals
         self._most, self._handshake_s = max_connections, handshake_s
         self._new_bucket = partial(Bucket, bytes_per_s, burst_bytes, clock)
@@ -82,14 +81,11 @@ class Listener:
         self._buckets: dict[str, Bucket] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self) -> int:
-        """Listens; the port. OSError when it cannot."""
-        listener = _listening(self._host, self._port)
-        self._spawn(self._accept(listener))
-        return int(listener.getsockname()[1])
+    def start(self) -> None:
+        self._spawn(self._accept(self._port))
 
     async def stop(self) -> None:
-        """Ends all connections."""
+        """Ends all connections, and closes the port."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -229,8 +225,9 @@ class Listener:
         return self._buckets.setdefault(host, self._new_bucket())
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """All families for all addresses, else the first address of the host."""
+def open_port(host: str, port: int) -> socket.socket:
+    """Where connections wait for a Listener: "" and "::" are all addresses, 0 is any port that is free.
+    OSError when nothing can listen there."""
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     if both:
         family, address = socket.AF_INET6, ("::", port)
