@@ -111,13 +111,22 @@ def below(folder: Path) -> Iterator[dict[str, Any]]:
             yield from below((folder / path).resolve())
 
 
-@pytest.mark.parametrize("folder", APPLIED, ids=relative)
-def test_a_patch_names_what_is_there(folder: Path) -> None:
+PATCHES = [
+    (folder, patch["path"])
+    for folder in APPLIED
+    for patch in kustomization(folder).get("patches", [])
+]
+
+
+@pytest.mark.parametrize(
+    ("folder", "patch"), PATCHES, ids=[f"{relative(f)}/{p}" for f, p in PATCHES]
+)
+def test_a_patch_names_what_is_there(folder: Path, patch: str) -> None:
     there = {name(one): one for one in below(folder)}
-    for patch in kustomization(folder).get("patches", []):
-        for one in documents(folder / patch["path"]):
-            patched = [body["name"] for body in parts(one)]
-            assert set(patched) <= {body["name"] for body in parts(there[name(one)])}
+    for one in documents(folder / patch):
+        patched = {body["name"] for body in parts(one)}
+        assert patched <= {body["name"] for body in parts(there[name(one)])}
+        assert patched != set()
 
 
 def parts(one: dict[str, Any]) -> list[dict[str, Any]]:
