@@ -48,7 +48,7 @@ FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 30.0
 MAX_BACKOFF_STOPPING_S = 1.0
 IDLE_WORK_S = 0.1
-# How long a delivery may wait for what ranks send, to share its commit: they send together, every 150 ms.
+# How long a delivery may wait for what ranks send, to share its commit: they send together, every 175 ms.
 SHARING_S = 0.2
 # How often dead letters that people want delivered again are looked for.
 RETRY_INTERVAL_S = 0.5

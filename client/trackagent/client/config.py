@@ -96,7 +96,7 @@ class ClientConfig:
     journal_bytes: int = 4 * 1024 * 1024 * 1024
     """Journal bytes kept for one producer in all; what is logged beyond it is refused and counted."""
 
-    flush_interval_s: float = 0.15
+    flush_interval_s: float = 0.175
     """How long a record may wait before it is sent."""
 
     exit_timeout_s: float = 10.0

@@ -43,7 +43,7 @@ STOP_S = 1.0
 FIRST_BACKOFF_S, MAX_BACKOFF_S = 30.0, 3600.0
 # The ranks send at multiples of this (ClientConfig.flush_interval_s): what is sampled at the same moments
 # shares their commits.
-FLUSH_S = 0.15
+FLUSH_S = 0.175
 AFTER_S = 0.002
 # How long what was read rarely is shown beside what is read every time.
 SHOWN_S = 90.0
