@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.agent.store.batches import RUN, batch, param, points, producer
@@ -119,6 +119,15 @@ def test_points_are_kept_at_every_nth_step(keep: str) -> None:
     assert len(over(found, "all")) == 25
 
 
+def test_of_a_very_large_run_what_nodes_have_is_not_kept() -> None:
+    said = batch(1, rank(0), points=[points(rank(0), [1])])
+    for keep, overs in ((99, {"all"}), (100, {"all", "node a"})):
+        found = reduced(said, Policies(), keep_all_ranks=64, keep_node_ranks=keep, stores=True)
+        assert {one.reduced for one in found.producers if one.reduced} == overs
+        passed_on = reduced(said, Policies(), keep_all_ranks=64, keep_node_ranks=keep, stores=False)
+        assert {one.reduced for one in passed_on.producers if one.reduced} == {"node a"}
+
+
 def test_what_is_not_reduced_is_kept_as_it_is_or_thinned() -> None:
     known = policies(loss={"reduce": "none"}, acc={"reduce": "none", "every": 2})
     found = through(
@@ -224,6 +233,7 @@ LOGGED = st.lists(
 )
 
 
+@settings(max_examples=40)
 @given(LOGGED, st.data())
 def test_over_two_hops_in_any_batches_it_is_the_same_as_in_one(
     logged: list[tuple[int, int, float, float]], data: st.DataObject

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import AgentProcess, Folders, next_line, short_folder, start_script
+from tests.fakes import (
+    DEADLINE_S,
+    AgentProcess,
+    Folders,
+    next_line,
+    short_folder,
+    start_script,
+)
 
 RUN_ID = "6" * 32
 WORLD_SIZE = 3
@@ -74,7 +81,7 @@ def go_on(processes: Sequence[subprocess.Popen[str]], steps: int = 0) -> None:
         process.stdin.write(f"{steps}\n")
         process.stdin.flush()
     for process in processes:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0, output + errors
 
 

@@ -122,6 +122,9 @@ class AgentConfig(Thresholds):
     ones reductions are kept, and the points of the ranks that hold the least and the greatest value of a
     step."""
 
+    keep_node_ranks: int = 1024
+    """Runs of at most this many ranks keep what is reduced over each of their nodes, too."""
+
     linger_s: float = 30.0
     """How long a hub that is told to stop waits for the ranks of other nodes."""
 
@@ -177,6 +180,7 @@ class AgentConfig(Thresholds):
             ("drain_timeout_s", 0, 86_400),
             ("forward_interval_s", 0.01, 3_600),
             ("keep_all_ranks", 0, 1 << 24),
+            ("keep_node_ranks", 0, 1 << 24),
             ("linger_s", 0, 86_400),
             ("sample_interval_s", 1, 3_600),
             ("hook_interval_s", 0.1, 86_400),

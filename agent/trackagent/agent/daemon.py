@@ -260,7 +260,10 @@ async def _serve(
         DeadLetters, config.dead_letters_path, max_bytes=config.dead_letter_bytes
     )
     reducer = partial(
-        Reducer, policies=Policies(config.policies_path), keep_all_ranks=config.keep_all_ranks
+        Reducer,
+        policies=Policies(config.policies_path),
+        keep_all_ranks=config.keep_all_ranks,
+        keep_node_ranks=config.keep_node_ranks,
     )
     sink = upstream_sink(config, _node(config)) if config.store else StoreSink(writer)
     await _forget_other(spool, sink.name)

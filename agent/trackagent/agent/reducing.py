@@ -44,19 +44,34 @@ class Rows(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reducer:
     """What an agent does with batches before a sink gets them. keep_all_ranks: runs of at most so many ranks
-    keep every rank's points where nothing else is defined. stores: whether the sink is a store."""
+    keep every rank's points where nothing else is defined. stores: whether the sink is a store.
+    keep_node_ranks: of runs of at most so many ranks it gets what each node has, too."""
 
     policies: Policies
     keep_all_ranks: int
     stores: bool
+    keep_node_ranks: int = 1024
 
     def reduced(self, batch: Batch) -> Batch:
         """The batch as the sink is to get it; heeds what it defines itself. OSError: nothing is changed."""
         self.policies.learn(batch)
-        return reduced(batch, self.policies, keep_all_ranks=self.keep_all_ranks, stores=self.stores)
+        return reduced(
+            batch,
+            self.policies,
+            keep_all_ranks=self.keep_all_ranks,
+            keep_node_ranks=self.keep_node_ranks,
+            stores=self.stores,
+        )
 
 
-def reduced(batch: Batch, policies: Policies, *, keep_all_ranks: int, stores: bool) -> Batch:
+def reduced(
+    batch: Batch,
+    policies: Policies,
+    *,
+    keep_all_ranks: int,
+    stores: bool,
+    keep_node_ranks: int = 1024,
+) -> Batch:
     """The batch with its ranks' points reduced, and its partials of the same step merged. What ranks have
     forked, what was sampled, and what stands in reductions already is left as it is."""
     infos = {info.producer_id: info for info in batch.producers}
@@ -73,7 +88,7 @@ def reduced(batch: Batch, policies: Policies, *, keep_all_ranks: int, stores: bo
     if not partials:
         return replace(batch, points=kept)
     if stores:
-        partials.add_all_ranks()
+        partials.add_all_ranks(keep_node_ranks)
     merged = list(partials.merged())
     if stores:
         kept += _extremes(merged, infos.values(), policies, keep_all_ranks)
@@ -211,8 +226,8 @@ class _Partials:
         self._infos.setdefault(info.producer_id, info)
         self._rows[info.producer_id, keys].append(rows)
 
-    def add_all_ranks(self) -> None:
-        """Of what nodes have, one over all of them."""
+    def add_all_ranks(self, keep_node_ranks: int) -> None:
+        """Of what nodes have, one over all of them; what they have stays in runs of at most so many ranks."""
         alls: dict[tuple[str, int, int], ProducerInfo] = {}
         for (producer_id, keys), rows in list(self._rows.items()):
             info = self._infos[producer_id]
@@ -222,6 +237,8 @@ class _Partials:
                     alls[attempt] = over_ranks(info, ALL)
                 for some in rows:
                     self.add(alls[attempt], keys, some)
+                if info.world_size > keep_node_ranks:
+                    del self._rows[producer_id, keys]
 
     def merged(self) -> Iterator[tuple[ProducerInfo, tuple[str, ...], Rows]]:
         """One row for each step."""

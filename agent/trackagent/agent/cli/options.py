@@ -45,6 +45,7 @@ FLAGS = {
     "tls_ca": ("FILE", "The CA's certificates."),
     "forward_interval_s": ("SECONDS", "How long a record may wait to be forwarded."),
     "keep_all_ranks": ("N", "Runs of so many ranks keep all points."),
+    "keep_node_ranks": ("N", "Runs of so many ranks keep nodes' reductions."),
     "linger_s": ("SECONDS", "How long to wait for other nodes at the end."),
     "node": ("NAME", "Name of this node."),
     "collect": ("NAMES", "What to sample: all, none, or names."),

@@ -230,7 +230,9 @@ def _definitions(connection: sqlite3.Connection, run: int) -> Definitions:
 def _nothing(key: str, over: str, world: _World) -> str:
     overs = world.overs()
     if over in overs:
-        return f"no rank logged {key!r}" + ("" if over == ALL else f" in {over!r}")
+        unkept = ", or what nodes have is not kept in so large a run (keep_node_ranks)"
+        where = "" if over == ALL else f" in {over!r}"
+        return f"no rank logged {key!r}{where}{unkept if over.startswith('node ') else ''}"
     more = f" and {len(overs) - _SHOWN} more" if len(overs) > _SHOWN else ""
     return f"no ranks are in {over!r}; there is {', '.join(overs[:_SHOWN])}{more}"
 
