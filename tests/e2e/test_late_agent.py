@@ -175,7 +175,10 @@ def test_a_finished_run_leaves_no_thread(agent: AgentProcess) -> None:
     program = (
         TRAINING
         + """
-import threading
+import threading, time
+deadline = time.monotonic() + 30  # gRPC's own end when they get to it
+while threading.active_count() > 1 and time.monotonic() < deadline:
+    time.sleep(0.01)
 print([thread.name for thread in threading.enumerate()])
 """
     )
