@@ -77,6 +77,14 @@ def containers(found: list[dict[str, Any]]) -> list[Container]:
     ]
 
 
+def copied(folder: Path) -> Path:
+    """A copy of deploy/kubernetes below `folder`, in which somebody has made a cluster token."""
+    tree = folder / "kubernetes"
+    shutil.copytree(KUBERNETES, tree)
+    (tree / "hub" / "token").write_text("0123456789abcdef" * 4)
+    return tree
+
+
 def rendered(folder: Path, copy: Path) -> list[dict[str, Any]]:
     """What `kubectl kustomize` makes of a folder in `copy`, in which there is a cluster token; skips the
     test where there is no kubectl."""

@@ -225,11 +225,11 @@ class Pod:
             else:
                 steps.append(f"chmod 0777 {path}")
             if "secret" in volume:
-                mode = f"{volume['secret']['defaultMode']:o}"
-                steps += [
-                    f"mkdir {path}/..1; ln -s ..1 {path}/..data; ln -s ..data/token {path}/token",
-                    f"echo {TOKEN} >{path}/..1/token; chmod {mode} {path}/..1/token",
-                ]
+                secret = self.base / "secrets" / volume["secret"]["secretName"]
+                steps.append(f"mkdir {path}/..1; ln -s ..1 {path}/..data")
+                steps.append(f"cp {secret}/* {path}/..1; cd {path}")
+                steps.append(f"chmod {volume['secret']['defaultMode']:o} ..1/*")
+                steps += [f"ln -s ..data/{file.name} {file.name}" for file in secret.iterdir()]
             if group := self._security.get("fsGroup"):
                 # Of everything in the volume, where it is new.
                 steps.append(f"chgrp -R {group} {path}; chmod -R g+r {path}")
@@ -257,17 +257,22 @@ _ENVIRONMENT = {
 
 
 def _command(container: Mapping[str, Any]) -> Sequence[str]:
-    entrypoint = ["trackagent"] if container["image"] == "trackagent" else []
+    ours = container["image"].partition(":")[0] == "trackagent"
+    entrypoint = ["trackagent"] if ours else []
     return [*container.get("command", entrypoint), *container.get("args", [])]
 
 
 def template(path: str) -> dict[str, Any]:
-    """The pod template of the first object in a manifest, with the volumes that are made for each pod."""
-    spec = next(yaml.safe_load_all((MANIFESTS / path).read_text()))["spec"]
-    found: dict[str, Any] = spec["template"]
+    """The pod template of the first object in a manifest."""
+    return template_of(next(yaml.safe_load_all((MANIFESTS / path).read_text())))
+
+
+def template_of(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The pod template of an object, with the volumes that are made for each pod."""
+    spec = one["spec"]
     claims = [{"name": one["metadata"]["name"]} for one in spec.get("volumeClaimTemplates", [])]
-    found["spec"]["volumes"] += claims
-    return found
+    pod = spec["template"]["spec"]
+    return {"spec": pod | {"volumes": [*pod["volumes"], *claims]}}
 
 
 def need_namespaces() -> None:
@@ -287,7 +292,11 @@ def need_namespaces() -> None:
 
 @contextlib.contextmanager
 def pod(template: Mapping[str, Any], base: Path, **variables: str) -> Iterator[Pod]:
-    """A pod of this template, ended after the block. base: what is on its disks stays there for the next."""
+    """A pod of this template, ended after the block. base: what is on its disks stays there for the next; the
+    cluster's secrets are the folders in its folder `secrets`."""
+    token = base / "secrets" / "trackagent-token"
+    token.mkdir(parents=True, exist_ok=True)
+    (token / "token").write_text(f"{TOKEN}\n")
     made = Pod(template, base, variables)
     try:
         yield made

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.pods import Pod, need_namespaces, pod, template
+from tests.agent.certificates import Authority
+from tests.deploy.manifests import KUBERNETES, copied, rendered
+from tests.deploy.pods import Pod, need_namespaces, pod, template, template_of
 from tests.deploy.test_pod import EVERY_POINT, JOB, RUN_ID, kill_a_training_container, stored
 from tests.fakes import wait_until
 
@@ -68,5 +71,30 @@ def test_what_no_hub_took_waits_on_the_volume_until_one_does(tmp_path: Path) -> 
         store = hub.start("hub")
         with pod(template(JOB), tmp_path / "job", **delivering_to(address_of(hub))) as job:
             assert job.start().end_with(signal.SIGTERM) == 0
+        assert store.end_with(signal.SIGTERM) == 0
+    assert stored(tmp_path / "hub").exported(RUN_ID) == EVERY_POINT
+
+
+def test_a_cluster_ca_stands_in_for_the_token(tmp_path: Path) -> None:
+    made = rendered(KUBERNETES / "overlays" / "cluster-ca", copied(tmp_path))
+    manifests = {
+        one["kind"]: template_of(one) for one in made if one["kind"] in ("Job", "StatefulSet")
+    }
+    authority = Authority(tmp_path / "ca")
+    for base, name in (("hub", "trackagent-hub"), ("job", "trackagent-agent")):
+        issued = authority.issue(name, "127.0.0.1")
+        secret = tmp_path / base / "secrets" / f"{name}-tls"
+        secret.mkdir(parents=True)
+        files = {"tls.crt": issued.certificate, "tls.key": issued.key, "ca.crt": authority.path}
+        for file, content in files.items():
+            shutil.copy(content, secret / file)
+    without = {"TRACKAGENT_TOKEN_FILE": ""}
+    with pod(manifests["StatefulSet"], tmp_path / "hub", **LISTEN, **QUIET, **without) as hub:
+        store = hub.start("hub")
+        variables = delivering_to(address_of(hub)) | without
+        with pod(manifests["Job"], tmp_path / "job", **variables) as job:
+            sidecar = job.start()
+            kill_a_training_container(job)
+            assert sidecar.end_with(signal.SIGTERM) == 0
         assert store.end_with(signal.SIGTERM) == 0
     assert stored(tmp_path / "hub").exported(RUN_ID) == EVERY_POINT

@@ -19,6 +19,7 @@ from tests.deploy.manifests import (
     KUBERNETES,
     Container,
     containers,
+    copied,
     documents,
     every_object,
     kustomization,
@@ -136,11 +137,7 @@ def parts(one: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def copy_with_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of deploy/kubernetes in which somebody has made a cluster token."""
-    tree = tmp_path_factory.mktemp("deploy") / "kubernetes"
-    shutil.copytree(KUBERNETES, tree)
-    (tree / "hub" / "token").write_text("0123456789abcdef" * 4)
-    return tree
+    return copied(tmp_path_factory.mktemp("deploy"))
 
 
 @pytest.mark.parametrize("folder", APPLIED, ids=relative)
