@@ -53,7 +53,8 @@ def stored(base: Path) -> AgentProcess:
 def kill_a_training_container(job: Pod) -> None:
     """Starts a trainer that logs, and ends it with all of its container once it says that it has logged."""
     trainer = job.run("trainer", "python", "-c", TRAINING)
-    assert trainer.next_line() == "logged"
+    while trainer.next_line() != "logged":
+        pass  # a warning, such as that the agent is slow
     assert trainer.end_with(signal.SIGKILL) != 0
 
 
