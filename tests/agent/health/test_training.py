@@ -376,6 +376,15 @@ def test_a_spike_that_has_passed_when_the_rules_look_is_told_once() -> None:
     assert job.found() == []
 
 
+def test_a_spike_is_told_beside_the_median_that_it_was_above() -> None:
+    job = Job(nodes=("a",))
+    job.steps(20, loss=2.0)
+    job.steps(4, loss=9.0)
+    job.steps(30, loss=0.0)  # before the rules look
+    [finding] = job.told("spike")
+    assert (finding.numbers["value"], finding.numbers["median"]) == (9.0, 2.0)
+
+
 def test_a_spike_that_stays_is_a_new_level() -> None:
     job = Job(nodes=("a",))
     job.steps(100, loss=2.0)
@@ -399,7 +408,13 @@ def test_a_node_of_which_nothing_comes_is_silent() -> None:
     job.steps(121, 0, 1)
     [finding] = job.found("silent_node")
     assert finding.subject == "b"
-    assert finding.numbers == {"silent_s": 60.5, "limit_s": 60.0, "ranks": [2, 3]}
+    assert finding.numbers == {
+        "silent_s": 60.5,
+        "limit_s": 60.0,
+        "ranks": [2, 3],
+        "last_steps": [9, 9],
+    }
+    assert finding.message.endswith("ranks 2 (last step 9), 3 (last step 9)")
 
 
 def test_where_nobody_is_heard_no_node_is_silent() -> None:

@@ -80,15 +80,18 @@ def silent_nodes(run: RunView, thresholds: Thresholds, now_s: float) -> list[Fin
     for node, last_s in sorted(heard.items()):
         silent_s = now_s - last_s
         if silent_s > thresholds.silent_s:
-            ranks = sorted(r.info.rank for r in run.ranks.values() if r.info.node == node)
+            there = {r.info.rank: r.step for r in run.ranks.values() if r.info.node == node}
+            ranks = sorted(there)
+            named = ", ".join(f"{rank} (last step {there[rank]})" for rank in ranks[:NAMED])
             message = (
                 f"nothing has come from node {node} for {silent_s:.0f} s, while others of its run log: "
-                f"ranks {', '.join(map(str, ranks[:NAMED]))}{' …' if len(ranks) > NAMED else ''}"
+                f"ranks {named}{' …' if len(ranks) > NAMED else ''}"
             )
             numbers = {
                 "silent_s": round(silent_s, 1),
                 "limit_s": thresholds.silent_s,
                 "ranks": ranks,
+                "last_steps": [there[rank] for rank in ranks],
             }
             found.append(Finding("silent_node", node, "error", message, numbers, run.run_id))
     return found

@@ -61,7 +61,7 @@ class NotFinite:
 @dataclass(slots=True)
 class Spike:
     """A metric of one rank beside its own median. above: how many values in a row are too high, the last of
-    them `value` at `step`; most: the most since a rule last looked; median: that of the window before."""
+    them `value` at `step`, beside the `median` of the window before; most: the most since a rule last looked."""
 
     window: deque[float]
     above: int = 0
@@ -75,8 +75,9 @@ class Spike:
             return
         full = self.window.maxlen or 1
         if len(self.window) >= max(2, full // 5):
-            self.median = statistics.median(self.window)
-            if 0 < factor * self.median < value:
+            median = statistics.median(self.window)
+            if 0 < factor * median < value:
+                self.median = median
                 self.above += 1
                 self.most = max(self.most, self.above)
                 self.value, self.step = value, step
