@@ -11,7 +11,7 @@ PIP := -m pip --disable-pip-version-check --no-input install -q -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check test chaos soak fuzz protos demo bench wheel smoke clean
+.PHONY: help setup check test chaos hosts soak fuzz protos demo bench wheel smoke clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=/path/to/python3] [ARGS=\"for pytest, the demo or the benchmarks\"]"
@@ -45,6 +45,9 @@ test: $(READY) ## every test, in random order, warnings are errors
 
 chaos: $(READY) ## storms of faults for MINUTES=1; SEED=N replays
 	@$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+hosts: $(READY) ## a job over several hosts, and faults between them (root, iproute2)
+	@$(BIN)/python -m tests.multihost $(ARGS)
 
 soak: $(READY) ## a steady load for MINUTES=30; nothing may grow
 	@$(BIN)/python -m tests.soak $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)

@@ -61,7 +61,7 @@ class NotFinite:
 @dataclass(slots=True)
 class Spike:
     """A metric of one rank beside its own median. above: how many values in a row are too high, the last of
-    them `value` at `step`, beside the `median` of the window before; most: the most since a rule last looked."""
+    them `value` at `step`; median: that of the window before it; most: the most since a rule last looked."""
 
     window: deque[float]
     above: int = 0
