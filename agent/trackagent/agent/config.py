@@ -270,6 +270,11 @@ class AgentConfig(Thresholds):
         return frozenset(asked)
 
     @property
+    def stopping_s(self) -> float:
+        """How long an agent that is told to stop may take, beside what ends at once."""
+        return self.drain_timeout_s + (self.linger_s if self.listen else 0.0)
+
+    @property
     def socket_path(self) -> Path:
         """Where the agent of `directory` listens."""
         return self.directory / SOCKET_NAME
@@ -384,7 +389,7 @@ def variable(name: str) -> str:
 
 def flag(name: str) -> str:
     """The command-line flag of a field."""
-    return {"directory": "--dir", "state_directory": "--state"}.get(
+    return {"directory": "--dir", "state_directory": "--state", "linger_s": "--linger"}.get(
         name, f"--{name.replace('_', '-')}"
     )
 

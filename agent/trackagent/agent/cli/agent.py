@@ -254,7 +254,7 @@ def _alarm(count: int) -> str:
     "timeout_s",
     type=Seconds(min=0),
     metavar="SECONDS",
-    help="How long to wait for its end.  [default: drain_timeout_s + 10]",
+    help="How long to wait for its end.  [default: drain_timeout_s + 10, and linger_s with --listen]",
 )
 def stop_command(config: AgentConfig, timeout_s: float | None) -> int:
     """Stop the agent of this node and wait for its end.
@@ -266,7 +266,7 @@ def stop_command(config: AgentConfig, timeout_s: float | None) -> int:
       trackagent stop
       trackagent stop --timeout 60
     """
-    wait_s = config.drain_timeout_s + STOP_GRACE_S if timeout_s is None else timeout_s
+    wait_s = config.stopping_s + STOP_GRACE_S if timeout_s is None else timeout_s
     deadline = time.monotonic() + wait_s
     holder = lock_holder(config)
     while holder is not None and not holder.pid and time.monotonic() < deadline:

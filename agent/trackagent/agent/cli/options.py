@@ -113,7 +113,7 @@ def configured(command: Callable[..., Any]) -> Callable[..., Any]:
 def agent_flags(command: Command) -> Command:
     """Adds a flag for every other setting of the agent but the webhook; stands below `configured`."""
     for name, (metavar, meaning) in reversed(FLAGS.items()):
-        command = click.option(flag(name), metavar=metavar, help=meaning)(command)
+        command = click.option(flag(name), name, metavar=metavar, help=meaning)(command)
     return command
 
 

@@ -152,7 +152,7 @@ class Companion:
         if self._reaped() or self._pid is None:
             return
         os.kill(self._pid, signal.SIGTERM)
-        deadline = time.monotonic() + self._config.drain_timeout_s + STOP_GRACE_S
+        deadline = time.monotonic() + self._config.stopping_s + STOP_GRACE_S
         while not self._reaped():
             left = deadline - time.monotonic()
             received = signal.sigtimedwait({*_FORWARDED, signal.SIGCHLD}, max(0.0, min(left, 1.0)))
