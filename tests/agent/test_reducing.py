@@ -128,6 +128,15 @@ def test_of_a_very_large_run_what_nodes_have_is_not_kept() -> None:
         assert {one.reduced for one in passed_on.producers if one.reduced} == {"node a"}
 
 
+def test_what_was_stored_stays_the_same_where_it_is_copied_to() -> None:
+    said = [points(rank(n, node=f"n{n}"), [1, 2], value=[n, n]) for n in range(3)]
+    once = through(batch(1, *(rank(n, node=f"n{n}") for n in range(3)), points=said))
+    again = through(once)
+    for scope in ("all", "node n0", "node n2"):
+        assert over(again, scope) == over(once, scope)
+    assert [own(again, rank(n)) for n in range(3)] == [own(once, rank(n)) for n in range(3)]
+
+
 def test_what_is_not_reduced_is_kept_as_it_is_or_thinned() -> None:
     known = policies(loss={"reduce": "none"}, acc={"reduce": "none", "every": 2})
     found = through(

@@ -79,7 +79,7 @@ def reduced(
     partials = _Partials()
     for points in batch.points:
         info = infos.get(points.producer_id)
-        if info is not None and info.reduced and is_partial(points.keys):
+        if info is not None and info.reduced and not points.reduced and is_partial(points.keys):
             partials.add(info, *from_points(points))
         elif info is None or info.sampled or info.forked or points.reduced or info.reduced:
             kept.append(points)
@@ -87,13 +87,19 @@ def reduced(
             kept += _taken(points, info, policies.of(info.run_id), keep_all_ranks, partials)
     if not partials:
         return replace(batch, points=kept)
+    new: set[bytes] = set()
     if stores:
-        partials.add_all_ranks(keep_node_ranks)
+        new = partials.add_all_ranks(keep_node_ranks)
     merged = list(partials.merged())
-    if stores:
-        kept += _extremes(merged, infos.values(), policies, keep_all_ranks)
+    # Where what there is over all ranks was stored before, as when a run is copied, so were their points.
+    over_all = [some for some in merged if some[0].producer_id in new]
+    kept += _extremes(over_all, infos.values(), policies, keep_all_ranks)
     known = {**infos, **{info.producer_id: info for info, _, _ in merged}}
-    made = [to_points(info.producer_id, keys, rows) for info, keys, rows in merged]
+    made = [
+        # So that nobody who is told of both, as when a run is copied, counts a node's values twice.
+        replace(to_points(info.producer_id, keys, rows), reduced=stores and _is_of_a_node(info))
+        for info, keys, rows in merged
+    ]
     return replace(batch, producers=list(known.values()), points=[*kept, *made])
 
 
@@ -132,6 +138,10 @@ def own_keys(partial_keys: tuple[str, ...]) -> tuple[str, ...]:
     """The keys whose partials stand under these."""
     count = len(partial_keys) // len(reduce.STATS)
     return tuple(key.rpartition(SEPARATOR)[0] for key in partial_keys[:count])
+
+
+def _is_of_a_node(info: ProducerInfo) -> bool:
+    return info.reduced.startswith("node ")
 
 
 def weights_of(points: Points) -> Floats:
@@ -226,12 +236,13 @@ class _Partials:
         self._infos.setdefault(info.producer_id, info)
         self._rows[info.producer_id, keys].append(rows)
 
-    def add_all_ranks(self, keep_node_ranks: int) -> None:
-        """Of what nodes have, one over all of them; what they have stays in runs of at most so many ranks."""
+    def add_all_ranks(self, keep_node_ranks: int) -> set[bytes]:
+        """Of what nodes have, one over all of them; what they have stays in runs of at most so many ranks.
+        Returns the producers of what was added."""
         alls: dict[tuple[str, int, int], ProducerInfo] = {}
         for (producer_id, keys), rows in list(self._rows.items()):
             info = self._infos[producer_id]
-            if info.reduced.startswith("node "):
+            if _is_of_a_node(info):
                 attempt = info.run_id, info.attempt, info.job_time_ns
                 if attempt not in alls:
                     alls[attempt] = over_ranks(info, ALL)
@@ -239,6 +250,7 @@ class _Partials:
                     self.add(alls[attempt], keys, some)
                 if info.world_size > keep_node_ranks:
                     del self._rows[producer_id, keys]
+        return {info.producer_id for info in alls.values()}
 
     def merged(self) -> Iterator[tuple[ProducerInfo, tuple[str, ...], Rows]]:
         """One row for each step."""
@@ -267,8 +279,6 @@ def _extremes(
         if not (info.sampled or info.forked or info.reduced)
     }
     for info, keys, rows in merged:
-        if info.reduced != ALL:
-            continue
         definitions = policies.of(info.run_id)
         attempt = info.run_id, info.attempt, info.job_time_ns
         for at, key in enumerate(keys):

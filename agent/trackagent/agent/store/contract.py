@@ -118,7 +118,8 @@ class Points:
 
     steps: (n,), times_ns: (n,) nanoseconds since 1970-01-01 UTC, values: (len(keys), n) float64, bit-exact
     (NaN payloads and -0.0 included). reduced: these values stand in reductions too, which are points of a
-    producer that reduces; who reduces what is stored leaves them out.
+    producer that reduces; who reduces what is stored leaves them out. Of what a node's ranks have together:
+    it stands in the reduction over all ranks too.
     """
 
     producer_id: bytes

@@ -208,6 +208,18 @@ def test_keys_that_look_like_partials_are_keys_of_ranks(writer: Writer, reader: 
     assert [one.key for one in reader.reductions_list(RUN)] == list(odd)
 
 
+@pytest.mark.parametrize("keep", ["all", "extremes", "none"])
+def test_a_copy_in_another_store_says_the_same(open_store: OpenStore, keep: str) -> None:
+    (writer, reader), (other, copy) = open_store(), open_store()
+    writer.write(kept_as(logged(), keep))
+    for one in reader.copies(RUN, lambda origin: 0):
+        other.write(kept_as(one, keep))
+    for over in ("all", "node n1", "tp=0"):
+        assert numbers(copy.reduction(RUN, "loss", over)) == numbers(
+            reader.reduction(RUN, "loss", over)
+        )
+
+
 def test_forked_processes_are_no_ranks(writer: Writer, reader: Reader) -> None:
     forked = rank(0, forked=True)
     writer.write(batch(1, RANKS[0], forked, points=[points(RANKS[0], [1]), points(forked, [1])]))
