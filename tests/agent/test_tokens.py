@@ -61,6 +61,15 @@ def test_the_oldest_token_of_a_run_goes_first(open_tokens: Open) -> None:
     assert [token for token in made if not tokens.is_good(RUN, token)] == [made[1]]
 
 
+def test_what_is_asked_again_takes_no_disk(open_tokens: Open) -> None:
+    tokens = open_tokens()
+    tokens.note(RUN, ONE)
+    asked = [(tokens.is_quick(RUN), tokens.is_good(RUN, token)) for token in (ONE, TWO)]
+    assert asked == [(False, True), (True, False)]
+    tokens.note(RUN, TWO)
+    assert tokens.is_good(RUN, TWO)
+
+
 def test_what_is_no_run_has_no_token(open_tokens: Open) -> None:
     with pytest.raises(ValueError, match="'A' is no run id"):
         open_tokens().note("A", ONE)

@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
+from typing import Any
 from uuid import uuid4
 
 import grpc
@@ -128,6 +129,17 @@ def test_a_member_logs_through_the_agent(agent: AgentProcess, bobs: Folders) -> 
     assert train_as_bob(agent, bobs, run_id) == ("True\n", "")
     agent.wait_for_status(run_id, "finished")
     assert [point.step for point in agent.exported(run_id)] == list(range(STEPS))
+
+
+def test_members_meet_nobody_but_themselves(agent: AgentProcess) -> None:
+    job, said = uuid4().hex, agent_pb2.MeetRequest.SET
+
+    def meeting(**fields: Any) -> Callable[[Stub], object]:
+        request = agent_pb2.MeetRequest(job=job, key="key", **fields)
+        return lambda stub: stub.Meet(request, timeout=DEADLINE_S).value
+
+    call(agent, BOB, meeting(operation=said, value=b"bob's"))
+    assert [call(agent, uid, meeting()) for uid in (BOB, CAROL, ALICE)] == [b"bob's", b"", b""]
 
 
 def test_who_is_no_member_cannot_connect(agent: AgentProcess) -> None:

@@ -40,7 +40,7 @@ class TokenTable:
     def __init__(self, path: Path, quarantine: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        # Of runs that were asked for lately, what is in the file.
+        # Of runs that were asked for lately, what is in the file. Changed with the lock, and read without.
         self._digests: dict[str, list[bytes]] = {}
         try:
             self._database = self._opened()
@@ -81,12 +81,18 @@ class TokenTable:
     def is_good(self, run_id: str, token: str) -> bool:
         """Whether the token is one of the run's. It takes as long whatever is compared."""
         digest = _digest(token)
-        with self._lock:
-            known = self._of(run_id) if RUN_ID.fullmatch(run_id) else []
+        known = self._digests.get(run_id)
+        if known is None:
+            with self._lock:
+                known = self._of(run_id) if RUN_ID.fullmatch(run_id) else []
         found = False
         for at in range(MAX_TOKENS):
             found |= hmac.compare_digest(known[at] if at < len(known) else _NOBODY, digest)
         return found
+
+    def is_quick(self, run_id: str) -> bool:
+        """Whether `is_good` would not look into the file for this run now, so that an event loop may ask."""
+        return run_id in self._digests
 
     def close(self) -> None:
         with self._lock:
