@@ -1,4 +1,4 @@
-"""`make hosts`: one job over several hosts, faults between and in them, and a table of what came of it.
+"""`make hosts`: jobs over several hosts, faults between and in them, and a table of what came of it.
 
 Exit code 1 when the oracle finds anything, 0 also where hosts are not permitted, with the reason.
 """
@@ -6,16 +6,16 @@ Exit code 1 when the oracle finds anything, 0 also where hosts are not permitted
 from __future__ import annotations
 
 import argparse
-import subprocess
+import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
-from tests.chaos.oracle import DOUBLED, LATE, LOST, Violation
+from tests.chaos.oracle import DOUBLED, LOST, Violation
 from tests.multihost.network import why_not
-from tests.multihost.scenarios import SCENARIOS, Result
+from tests.multihost.scenarios import SCENARIOS, Result, carry_out
 
-SHOWN_VIOLATIONS = 10
 COLUMNS = ("fault", "hosts x ranks", "records", "lost", "doubled", "other", "recovered in s")
 
 
@@ -29,29 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"skipped: {reason}")
         return 0
     began = time.monotonic()
-    results: list[Result] = []
-    for name in options.names or SCENARIOS:
-        results += _shown(name, SCENARIOS[name])
+    # Two at once: they wait most of the time, and each has hosts of its own.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        found = processes.map(carry_out, options.names or SCENARIOS)
+        results = [result for one in found for result in one]
     print()
     _print_table(results)
     print(f"\n{time.monotonic() - began:.0f} s")
     return 1 if any(result.violations for result in results) else 0
-
-
-def _shown(name: str, scenario: Callable[[Callable[[str], None]], list[Result]]) -> list[Result]:
-    def say(text: str) -> None:
-        print(f"{name}: {text}", flush=True)
-
-    try:
-        found = scenario(say)
-    except (AssertionError, subprocess.TimeoutExpired) as error:
-        found = [Result(name, "", violations=[Violation(LATE, str(error))])]
-    for result in found:
-        for violation in result.violations[:SHOWN_VIOLATIONS]:
-            say(f"{result.fault}: {violation.kind}: {violation.what}")
-        if (more := len(result.violations) - SHOWN_VIOLATIONS) > 0:
-            say(f"{result.fault}: and {more} more")
-    return found
 
 
 def _print_table(results: Sequence[Result]) -> None:

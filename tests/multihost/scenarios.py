@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -20,6 +21,7 @@ from trackagent.agent.store.contract import Event
 
 Say = Callable[[str], None]
 
+SHOWN_VIOLATIONS = 10
 HOSTS = ("a", "b", "c")
 RANKS = 2
 SIZE = f"{len(HOSTS)} x {RANKS}"
@@ -76,8 +78,8 @@ def faults_of_a_job(say: Say) -> list[Result]:
 
         cluster.network.partition(c.host)
         say(f"{c.host.name} is cut off for {PARTITION_S:g} s")
-        silent = _wait_for_event(cluster, job, f"nothing has come from node {c.host.name}")
         began = _newest(job, c)
+        silent = _wait_for_event(cluster, job, f"nothing has come from node {c.host.name}")
         wait_until(lambda: _newest(job, c) - began > PARTITION_S * 1e9, "its ranks go on")
         cluster.network.rejoin(c.host)
         partition = told.after(f"host cut off for {PARTITION_S:g} s")
@@ -171,6 +173,24 @@ SCENARIOS: dict[str, Callable[[Say], list[Result]]] = {
     "apart": nobody_listens,
     "example": example,
 }
+
+
+def carry_out(name: str) -> list[Result]:
+    """Lets one of them happen, and prints what goes on."""
+
+    def say(text: str) -> None:
+        print(f"{name}: {text}", flush=True)  # noqa: T201 - shown while it goes on
+
+    try:
+        found = SCENARIOS[name](say)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        found = [Result(name, "", violations=[Violation(LATE, str(error))])]
+    for result in found:
+        for violation in result.violations[:SHOWN_VIOLATIONS]:
+            say(f"{result.fault}: {violation.kind}: {violation.what}")
+        if (more := len(result.violations) - SHOWN_VIOLATIONS) > 0:
+            say(f"{result.fault}: and {more} more")
+    return found
 
 
 def _wait_for_records(job: Job, more: int) -> None:
