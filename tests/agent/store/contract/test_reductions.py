@@ -105,6 +105,14 @@ def test_ranks_that_come_later_are_added_to_what_is_there(writer: Writer, reader
     assert (found.max.tolist(), found.max_rank.tolist()) == ([3, 30, 5], [2, 2, 0])
 
 
+def test_a_delivery_that_comes_again_changes_nothing_whatever_is_kept_then(
+    writer: Writer, reader: Reader
+) -> None:
+    for keep in ("none", "all", "extremes"):
+        writer.write(kept_as(logged(), keep))
+    assert reader.reduction(RUN, "loss").count.tolist() == [4, 3, 4]
+
+
 def test_points_that_stand_in_a_reduction_count_once(writer: Writer, reader: Reader) -> None:
     writer.write(kept_as(logged(), "all", every=2))
     assert reader.reduction(RUN, "loss").count.tolist() == [4, 3, 4]
