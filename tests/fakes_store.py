@@ -77,9 +77,12 @@ class MemoryStore:
                 one = self.reduction(run_id, key)
                 reported = int(one.count[-1] + one.nans[-1])
                 first, last = int(one.steps[0]), int(one.steps[-1])
-                found.append(
-                    ReductionInfo(key, one.reduce, first, last, reported, int(one.world_size[-1]))
+                partial = any(
+                    info.reduced == "all" and key in from_points(points)[0]
+                    for info, points in self._reduced(run_id)
                 )
+                size = int(one.world_size[-1])
+                found.append(ReductionInfo(key, one.reduce, first, last, reported, size, partial))
         return found
 
     def reduction(self, run_id: str, key: str, over: str = "all") -> Reduction:

@@ -127,14 +127,21 @@ def test_show_lists_what_can_be_looked_at_and_how_complete_it_is(cli: Any) -> No
     assert not any("trackagent/define" in word for line in shown for word in line)
 
 
+def test_show_draws_the_reduction_where_not_every_point_is_stored(cli: Any) -> None:
+    reduced_only = cli("show", RUN, "--key", "loss").stdout.splitlines()[-1]
+    assert all(name in reduced_only for name in ("mean", "min", "max"))
+    assert "rank 0" not in reduced_only
+    assert "mean of 3 ranks" in cli("show", RUN, "--key", "tokens").stdout
+
+
 def test_show_of_a_single_rank_lists_no_reductions(cli: Any) -> None:
     assert ["reductions"] not in lines(cli("show", OTHER_RUN, "--no-curves"))
 
 
 def test_show_as_json_has_them_all(cli: Any) -> None:
     said = json.loads(cli("show", RUN, "--json").stdout)["reductions"]
-    assert [(one["key"], one["reported"], one["world_size"]) for one in said] == [
-        ("bad", 1, 3),
-        ("loss", 2, 3),
-        ("tokens", 3, 3),
+    assert [(one["key"], one["reported"], one["world_size"], one["reduced"]) for one in said] == [
+        ("bad", 1, 3, False),
+        ("loss", 2, 3, True),
+        ("tokens", 3, 3, False),
     ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from trackagent.agent.draw import Curve
     from trackagent.agent.store.contract import Reduction, ReductionInfo
 
 SHOWN_KEYS = 30
@@ -169,8 +170,16 @@ def _figure(name: str, step: dict[str, Any]) -> str:
 
 
 def _draw(out: Console, found: Reduction) -> None:
+    from trackagent.agent.draw import draw
+
+    out.print()
+    out.print(draw(visible(found.key), reduction_curves(found), width=columns()), end="")
+
+
+def reduction_curves(found: Reduction) -> list[Curve]:
+    """What is shown first as the heavy one, between the least and the greatest."""
     from trackagent.agent.cli.curves import thinned
-    from trackagent.agent.draw import Curve, draw
+    from trackagent.agent.draw import Curve
 
     shown = found.reduce if found.reduce in ("sum", "min", "max") else "mean"
     names = [shown] if shown == "sum" else list(dict.fromkeys(["min", "max", shown]))
@@ -178,5 +187,4 @@ def _draw(out: Console, found: Reduction) -> None:
     for name in names:
         x, y = thinned(found.steps.astype(float), getattr(found, name))
         curves.append(Curve(name, name, x, y, heavy=name == shown))
-    out.print()
-    out.print(draw(visible(found.key), curves, width=columns()), end="")
+    return curves

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,7 +28,7 @@ from trackagent.agent.cli.output import (
     table,
     warn_of_damage,
 )
-from trackagent.agent.cli.reductions import print_reductions
+from trackagent.agent.cli.reductions import print_reductions, reduction_curves
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.shown import visible
 from trackagent.client.reductions import DEFINITION
@@ -100,9 +100,9 @@ def show_command(
       message, data}], gaps [{source, attempt, reason, first_step, last_step,
       first_time_ns, last_time_ns, records}], series [{key, source, points,
       first_step, last_step, last_value}], reductions [{key, reduce,
-      first_step, last_step, reported, world_size}], samples [the same as
-      series of what was sampled, steps in seconds], damage [what of the points
-      can no longer be read]
+      first_step, last_step, reported, world_size, reduced}], samples [the same
+      as series of what was sampled, steps in seconds], damage [what of the
+      points can no longer be read]
     """
     with opened_store(config) as store:
         summary = store.run(run)
@@ -113,7 +113,10 @@ def show_command(
             return OK
         series = store.series_list(summary.run_id)
         sampled = samples.grouped(store.samples_list(summary.run_id))
-        drawn = [] if no_curves else _chosen(list(_by_key(series)), patterns)
+        reductions = store.reductions_list(summary.run_id)
+        by_key = _by_key(series)
+        keys = sorted({*by_key, *(one.key for one in reductions)})
+        drawn = [] if no_curves else _chosen(keys, patterns)
         beside = {} if no_curves else samples.drawn(sampled, patterns)
         if patterns and not no_curves and not drawn and not beside:
             raise NothingThere(f"no key of this run matches {' or '.join(patterns)}")
@@ -129,16 +132,16 @@ def show_command(
         gaps = store.gaps(summary.run_id)
         _print_gaps(out, gaps)
         _print_series(out, series)
-        reductions = store.reductions_list(summary.run_id) if summary.world_size > 1 else []
         print_reductions(out, reductions, summary.world_size)
         samples.print_samples(out, sampled, every=all_samples)
-        by_key = _by_key(series)
-        chosen = {key: by_key[key] for key in drawn}
+        # Of these, the curves of single ranks have holes, and their mean would be another.
+        reduced = {one.key for one in reductions if one.reduced}
+        chosen = {key: None if key in reduced else by_key[key] for key in drawn}
         _print_curves(out, store, summary.run_id, chosen, gaps, rows=rows, log=log)
         _print_curves(out, store, summary.run_id, beside, (), rows=rows, log=log, axis="s")
-        hidden = len(drawn) < len(by_key) or len(beside) < len(sampled)
+        hidden = len(drawn) < len(keys) or len(beside) < len(sampled)
         if hidden and not patterns and not no_curves:
-            count = f"{len(drawn) + len(beside)} of {len(by_key) + len(sampled)}"
+            count = f"{len(drawn) + len(beside)} of {len(keys) + len(sampled)}"
             out.print(f"\n{count} keys drawn; choose with --key PATTERN")
     return OK
 
@@ -263,19 +266,23 @@ def _print_curves(
     out: Console,
     store: Reader,
     run_id: str,
-    by_key: dict[str, list[SeriesInfo]],
+    by_key: Mapping[str, list[SeriesInfo] | None],
     gaps: Sequence[RunGap],
     *,
     rows: int,
     log: bool,
     axis: str = "step",
 ) -> None:
+    """None in the place of a key's series: its reduction over all ranks is drawn."""
     # Not at the top: `show --json` does without.
     from trackagent.agent.cli.curves import read_curves
     from trackagent.agent.draw import draw
 
     for key, series in by_key.items():
-        curves = read_curves(store, run_id, series, gaps)
+        if series is None:
+            curves = reduction_curves(store.reduction(run_id, key))
+        else:
+            curves = read_curves(store, run_id, series, gaps)
         out.print()
         drawing = draw(visible(key), curves, width=columns(), rows=rows, log=log, axis=axis)
         out.print(drawing, end="")

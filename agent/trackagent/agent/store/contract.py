@@ -316,7 +316,8 @@ class Buckets:
 @dataclass(frozen=True, slots=True)
 class ReductionInfo:
     """A key that ranks logged and that can be looked at across them. reduce: what is shown first, "mean",
-    "sum", "min" or "max"; reported: how many values the last step has, of world_size ranks of its attempt."""
+    "sum", "min" or "max"; reported: how many values the last step has, of world_size ranks of its attempt.
+    reduced: of some or all steps there are reductions, and not every rank's own points."""
 
     key: str
     reduce: str
@@ -324,6 +325,7 @@ class ReductionInfo:
     last_step: int
     reported: int
     world_size: int
+    reduced: bool
 
 
 @dataclass(frozen=True, slots=True)

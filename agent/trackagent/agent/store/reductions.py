@@ -248,6 +248,7 @@ class _Ends:
     last: tuple[int, int]
     ranks: set[int]
     streams: list[views.Stream]
+    reduced: bool
 
 
 def infos(connection: sqlite3.Connection, run: int) -> list[ReductionInfo]:
@@ -271,7 +272,9 @@ def infos(connection: sqlite3.Connection, run: int) -> list[ReductionInfo]:
         known = found.get(key)
         if known is None or last > known.last:
             least = first if known is None else min(known.first, first)
-            known = found[key] = _Ends(least, last, set(), [])
+            reduced = known is not None and known.reduced
+            known = found[key] = _Ends(least, last, set(), [], reduced)
+        known.reduced |= partial
         known.first = min(known.first, first)
         if last == known.last:
             if partial:
@@ -296,6 +299,7 @@ def infos(connection: sqlite3.Connection, run: int) -> list[ReductionInfo]:
             one.last[0],
             len(one.ranks) + _reported(connection, key, one.last[0], one.streams),
             sizes.get(one.last[1], 0),
+            one.reduced,
         )
         for key, one in sorted(found.items())
     ]
