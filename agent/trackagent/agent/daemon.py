@@ -43,6 +43,7 @@ from trackagent.agent.health.telling import Telling
 from trackagent.agent.health.watch import Watch
 from trackagent.agent.hubserver import HubServer, table_of
 from trackagent.agent.limits import allow_files, give_memory_back
+from trackagent.agent.lingering import linger
 from trackagent.agent.lock import ROOM, Lock, OwnFile, held, is_full
 from trackagent.agent.meeting import Table
 from trackagent.agent.orphans import Orphans
@@ -344,10 +345,17 @@ async def _serve(
         connected=servicer.is_connected,
         gone_after_s=config.gone_after_s,
     )
+    hurried = asyncio.Event()
+
+    def told_to_stop() -> None:
+        if stop.is_set():
+            hurried.set()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # nohup has it ignored: the agent outlives its terminal then.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, told_to_stop)
     # First: a rank that finds the socket looks at once for what the agent says of a hub.
     if hub is not None:
         await hub.start(arrivals, table, version)
@@ -400,6 +408,14 @@ async def _serve(
     trimming.cancel()
     if missing is None:
         logger.info("stopping: taking what is under way, then delivering what is spooled")
+        if hub is not None:
+            await linger(
+                spool,
+                partial(store.open_reader, config.store_path, timeout_s=1.0),
+                since_ns=started_ns,
+                limit_s=config.linger_s,
+                hurried=hurried,
+            )
     else:
         logger.error("%s was deleted or replaced under this agent: it begins anew", missing)
     if hub is not None and missing is None:
