@@ -90,7 +90,7 @@ def is_lingering(hub: AgentProcess) -> bool:
 def test_a_hub_takes_what_the_other_nodes_ranks_log_last(
     cluster: Callable[..., tuple[AgentProcess, AgentProcess]],
 ) -> None:
-    hub, other = cluster("--linger-s", "60")
+    hub, other = cluster("--linger", "60")
     first, last = both(hub, other)
     end(first)
     assert hub.process is not None
@@ -105,7 +105,7 @@ def test_a_hub_takes_what_the_other_nodes_ranks_log_last(
 def test_a_hub_waits_no_longer_than_it_may(
     cluster: Callable[..., tuple[AgentProcess, AgentProcess]],
 ) -> None:
-    hub, other = cluster("--linger-s", "0.2")
+    hub, other = cluster("--linger", "0.2")
     first, last = both(hub, other)
     end(first)
     hub.stop()
@@ -117,7 +117,7 @@ def test_a_hub_waits_no_longer_than_it_may(
 def test_a_second_signal_ends_the_wait(
     cluster: Callable[..., tuple[AgentProcess, AgentProcess]],
 ) -> None:
-    hub, other = cluster("--linger-s", "3600")
+    hub, other = cluster("--linger", "3600")
     first, last = both(hub, other)
     end(first)
     assert hub.process is not None
@@ -132,10 +132,21 @@ def test_a_second_signal_ends_the_wait(
 def test_a_hub_under_its_own_ranks_does_not_wait(
     cluster: Callable[..., tuple[AgentProcess, AgentProcess]],
 ) -> None:
-    hub, other = cluster("--linger-s", "3600")
+    hub, other = cluster("--linger", "3600")
     ranks = both(hub, other)
     hub.stop()
     assert not is_lingering(hub)
     for process in ranks:
         process.kill()
         process.communicate()
+
+
+def test_an_agent_that_cannot_go_on_once_it_listens_ends(tmp_path: Path) -> None:
+    folders = Folders.under(short_folder())
+    (folders.directory / "hub.json").mkdir(mode=0o700, parents=True)
+    folders.directory.chmod(0o700)
+    agent = AgentProcess(folders, *QUICK, "--listen", "127.0.0.1:0")
+    process = agent.launch()
+    assert process.wait(DEADLINE_S) == 1
+    assert "hub.json" in agent.output
+    shutil.rmtree(folders.directory.parent)

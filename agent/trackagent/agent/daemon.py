@@ -212,20 +212,23 @@ async def _run(
             from trackagent.agent.scrapes import Scrapes
 
             scrapes = opened.enter_context(Scrapes(config.prometheus))
-        return await _serve(
-            config,
-            version,
-            started_ns,
-            spool,
-            writer,
-            routes,
-            hub,
-            table,
-            access,
-            stop,
-            locks,
-            scrapes,
-        )
+        # Whatever goes wrong: the interpreter cannot end beside a server of gRPC's that has not been stopped.
+        async with contextlib.AsyncExitStack() as begun:
+            return await _serve(
+                config,
+                version,
+                started_ns,
+                spool,
+                writer,
+                routes,
+                hub,
+                table,
+                access,
+                stop,
+                locks,
+                scrapes,
+                begun,
+            )
 
 
 async def _serve(
@@ -241,6 +244,7 @@ async def _serve(
     stop: asyncio.Event,
     locks: Sequence[Lock],
     scrapes: Scrapes | None,
+    begun: contextlib.AsyncExitStack,
 ) -> bool:
     active = Active(spool, _node(config))
     sampler = _sampler(config, spool, active, access)
@@ -358,6 +362,7 @@ async def _serve(
             asyncio.get_running_loop().add_signal_handler(number, told_to_stop)
     # First: a rank that finds the socket looks at once for what the agent says of a hub.
     if hub is not None:
+        begun.push_async_callback(hub.stop, 0.0)
         await hub.start(arrivals, table, version)
     elif config.store:
         hubserver.say(config, store=True)
@@ -367,6 +372,7 @@ async def _serve(
         config.socket_path.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         listening = await server.start(servicer, f"unix:{path}", config.max_batch_bytes)
+        begun.push_async_callback(listening.stop, 0.0)
         path.chmod(0o600)
         if access is not None:
             access.gate.start()
