@@ -63,7 +63,7 @@ class RunningHub:
         self.spool, self.meetings = Taken(), Meetings()
         self.server = HubServer(self.config)
         self._loop = asyncio.new_event_loop()
-        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._stop = asyncio.Event()
         listening: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(listening,))
         self._thread.start()
@@ -81,13 +81,6 @@ class RunningHub:
             await self.server.stop(0)
 
         self._loop.run_until_complete(main())
-
-    def linger(self) -> Future[None]:
-        """It is told to stop: what it waits for, for as long as a test may take."""
-        return asyncio.run_coroutine_threadsafe(self.server.linger(self._hurry), self._loop)
-
-    def hurry_up(self) -> None:
-        self._loop.call_soon_threadsafe(self._hurry.set)
 
     def close(self) -> None:
         if self._loop.is_closed():

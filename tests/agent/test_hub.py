@@ -29,10 +29,9 @@ from tests.agent.hubs import (
 from tests.agent.samples import producer
 from tests.fakes import DEADLINE_S, Folders
 from trackagent.agent import tls, wire
-from trackagent.agent.awaited import HEARD_S, Awaited
 from trackagent.agent.hub import MAX_MESSAGE_BYTES
 from trackagent.agent.spool import Overlaps, SpoolError, SpoolFull
-from trackagent.agent.store.contract import Batch, BatchId, ProducerEnd, node_run_id
+from trackagent.agent.store.contract import BatchId, node_run_id
 from trackagent.protos.v1 import agent_pb2, hub_pb2
 
 RUN = producer().run_id
@@ -306,43 +305,6 @@ def test_what_the_tables_cannot_do_is_refused(start_hub: Start, tmp_path: Path) 
             Code.INVALID_ARGUMENT,
             "the key has 0 characters: give 1 to 250",
         )
-
-
-# --- the end of a job
-
-
-def test_a_hub_waits_for_ranks_that_have_not_ended() -> None:
-    clock = [0.0]
-    awaited = Awaited(lambda: clock[0])
-    awaited.note([b"1", b"2"], [])
-    awaited.note([b"2", b"3"], [b"3"])
-    assert awaited.count() == 2
-    clock[0] = HEARD_S / 2
-    awaited.note([b"1"], [])
-    clock[0] = HEARD_S + 1
-    assert awaited.count() == 1  # of rank 2 nothing was heard for long
-    awaited.note([], [b"1"])
-    assert awaited.count() == 0
-
-
-def test_a_hub_that_is_to_stop_goes_on_until_the_others_have_ended(hub: RunningHub) -> None:
-    info = producer()
-    end = ProducerEnd(info.producer_id, 2, "finished", "", 1)
-    last = Batch(id=BatchId(ORIGIN, 2, 2), producers=[info], ends=[end])
-    with hub.connected() as stub:
-        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
-        lingering = hub.linger()
-        stub.Forward(request(part(last, 2, 2), grants=[grant()]), timeout=DEADLINE_S)
-    lingering.result(DEADLINE_S)
-    assert len(hub.spool.parts) == 2
-
-
-def test_a_hub_that_is_told_twice_to_stop_waits_for_nobody(hub: RunningHub) -> None:
-    with hub.connected() as stub:
-        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
-    lingering = hub.linger()
-    hub.hurry_up()
-    lingering.result(DEADLINE_S)
 
 
 # --- what it says of itself

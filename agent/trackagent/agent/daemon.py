@@ -424,11 +424,6 @@ async def _serve(
             )
     else:
         logger.error("%s was deleted or replaced under this agent: it begins anew", missing)
-    if hub is not None and missing is None:
-        hurry = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, hurry.set)
-        await hub.linger(hurry)
     await listening.stop(STOP_GRACE_S)
     if hub is not None:
         await hub.stop(STOP_GRACE_S)

@@ -23,7 +23,6 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from trackagent.agent import wire
-from trackagent.agent.awaited import Awaited
 from trackagent.agent.config import NODE_NAME
 from trackagent.agent.interceptors import WHAT_IS_WRONG
 from trackagent.agent.listener import Peer
@@ -79,17 +78,13 @@ class _Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """heard, ended: the processes of which it says something, and those whose ends stand in it."""
-
     id: BatchId
     serialized: bytes
-    heard: list[bytes]
-    ended: list[bytes]
 
 
 class Hub:
     """One for each agent that listens. peer: who is behind a call, as the listener knows; cluster_token: ""
-    for none; version: this agent's. awaited: the ranks of other nodes that have not ended."""
+    for none; version: this agent's."""
 
     def __init__(
         self,
@@ -112,7 +107,6 @@ class Hub:
         self._held = _Held(MAX_HELD_BYTES)
         self._threads = ThreadPoolExecutor(2, "hub")
         self._told: set[str] = set()
-        self.awaited = Awaited()
 
     def handler(self) -> grpc.GenericRpcHandler:
         """What a server needs to serve it. Requests are read here, and not by gRPC, which would hold as many
@@ -218,9 +212,8 @@ class Hub:
             self._told.add(peer.host)
             logger.info("node %s (%s) delivers here", request.node, peer.host)
         commits = [self._spool.accept(part.id, part.serialized, request.node) for part in parts]
-        for part, commit in zip(parts, commits, strict=True):
+        for commit in commits:
             await _committed(commit)
-            self.awaited.note(part.heard, part.ended)
         return hub_pb2.ForwardResponse(agent_version=self._version)
 
     async def _known(
@@ -348,9 +341,7 @@ def _checked(parts: Iterable[hub_pb2.Part], runs: frozenset[str] | None) -> list
             ) from None
         if runs is not None:
             _check_runs(batch, runs)
-        heard = [one.producer_id for one in batch.producers if not (one.sampled or one.reduced)]
-        ended = [end.producer_id for end in batch.ends]
-        found.append(_Part(id_, part.SerializeToString(), heard, ended))
+        found.append(_Part(id_, part.SerializeToString()))
     return found
 
 

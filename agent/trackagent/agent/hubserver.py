@@ -3,7 +3,6 @@ the ranks of its node learn how those reach it."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -11,7 +10,6 @@ import os
 import shutil
 import sqlite3
 import ssl
-import time
 from functools import partial
 from pathlib import Path
 
@@ -108,23 +106,6 @@ class HubServer:
             port = self._port.getsockname()[1]
             say(config, address=joined(*_advertised(config, self._host, port)), pin=self.pin)
         logger.info("other nodes may deliver at %s (pin %s)", self.address, self.pin)
-
-    async def linger(self, hurry: asyncio.Event) -> None:
-        """Goes on until the ranks of other nodes have ended, as far as is known here; for linger_s at most,
-        and not once `hurry` is set."""
-        deadline = time.monotonic() + self._config.linger_s
-        waiting = self._hub.awaited.count() if self._hub is not None else 0
-        if waiting and self._config.linger_s:
-            logger.info(
-                "%d ranks of other nodes have not ended: waiting for them, %g s at most; stop again to wait "
-                "no longer",
-                waiting,
-                self._config.linger_s,
-            )
-        while self._hub is not None and self._hub.awaited.count() and time.monotonic() < deadline:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(hurry.wait(), _LOOK_S)
-                return
 
     async def stop(self, grace_s: float) -> None:
         """Takes no more; calls under way have grace_s to end."""
