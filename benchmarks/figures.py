@@ -101,7 +101,7 @@ def node(
             here.token_path.touch(mode=0o600)
             here.token_path.write_text(secrets.token_hex(32))
         if agent:
-            listening = ["--listen=127.0.0.1:0", f"--token-file={here.token_path}"]
+            listening = ["--listen=:0", f"--token-file={here.token_path}"]
             with (state / "agent.log").open("wb") as log:
                 process = subprocess.Popen(
                     [
