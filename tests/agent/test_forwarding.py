@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,17 @@ class HubServer(hub_pb2_grpc.HubServicer):
     next calls end with instead; forgets: whether it then has taken what it does not answer."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._begin()
+        self.answers: list[grpc.StatusCode] = []
+        self.takes_unanswered = False
+        self.requests: list[hub_pb2.ForwardRequest] = []
+        self.port = 0
+        self._server: grpc.Server | None = None
+        self.start()
+
+    def _begin(self) -> None:
+        folder = self._folder
         folder.mkdir()
         self._spool = Spool(folder / "spool.db", max_bytes=1 << 30, linger_s=0.0)
         self.sink = FakeSink("hub")
@@ -42,11 +54,12 @@ class HubServer(hub_pb2_grpc.HubServicer):
             dead_letters=DeadLetters(folder / "letters", "hub", max_bytes=1 << 30),
         )
         self._pipeline.start()
-        self.answers: list[grpc.StatusCode] = []
-        self.takes_unanswered = False
-        self.requests: list[hub_pb2.ForwardRequest] = []
-        self.port = 0
-        self._server: grpc.Server | None = None
+
+    def lose_everything(self) -> None:
+        """Its folder is gone, and another one begun."""
+        self.close()
+        shutil.rmtree(self._folder)
+        self._begin()
         self.start()
 
     def start(self) -> None:
@@ -211,6 +224,36 @@ def test_a_hub_that_goes_and_comes_back_costs_delay_alone(leaf: Leaf, hub: HubSe
     leaf.log(info, 3)
     hub.start()
     wait_until(lambda: hub.steps == [1, 2, 3])
+
+
+def test_what_a_hub_has_lost_is_told_in_the_run(leaf: Leaf, hub: HubServer) -> None:
+    info = leaf.open()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    (pipeline,) = leaf.forwarding.pipelines()
+    hub.stop()
+    leaf.log(info, 2)
+    wait_until(lambda: pipeline.state == "retrying")
+    hub.lose_everything()
+    wait_until(lambda: hub.steps == [2])
+    said = [event for batch in hub.sink.accepted for event in batch.events]
+    assert [event.producer_id for event in said] == [info.producer_id]
+    assert "does not have any more what it had accepted" in said[0].message
+    assert [loss.records for batch in hub.sink.accepted for loss in batch.losses] == [1]
+
+
+def test_a_hub_that_was_away_and_has_everything_is_told_nothing(leaf: Leaf, hub: HubServer) -> None:
+    info = leaf.open()
+    (pipeline,) = leaf.forwarding.pipelines()
+    for step in range(3):
+        hub.answers = [grpc.StatusCode.UNAVAILABLE]
+        hub.takes_unanswered = True
+        leaf.log(info, step)
+        wait_until(lambda step=step: step in hub.steps and not hub.answers)  # type: ignore[misc]
+    assert pipeline.dead_letters()[0] == 0
+    leaf.forwarding.stop(DEADLINE_S)
+    assert hub.steps == [0, 1, 2]
+    assert not [event for batch in hub.sink.accepted for event in batch.events]
 
 
 def test_a_hub_that_moved_is_found_by_its_next_address(leaf: Leaf, hub: HubServer) -> None:

@@ -144,7 +144,40 @@ def test_a_host_has_so_many_handshakes_at_once_and_others_go_on(start_hub: Start
             opened.enter_context(connect(hub, OTHER))
         with connect(hub, OTHER) as further:
             assert is_closed(further)
-        assert log("refused") == ("refused 127.0.0.2: 32 of its connections are not yet encrypted")
+        assert log("refused") == (
+            "refused 127.0.0.2: 32 of its connections have not shown that they may deliver here"
+        )
+        assert goes_on(hub)
+
+
+def test_who_says_nothing_once_encrypted_is_cut_off(start_hub: Start, log: Log) -> None:
+    hub = start_hub({"handshake_s": 0.2})
+    with encrypted(hub, OTHER) as silent:
+        silent.sendall(tls.GREETING)
+        assert is_closed(silent)
+    assert log("refused") == (
+        "refused 127.0.0.2: it has not shown within 0.2 s that it may deliver here"
+    )
+
+
+def test_who_may_deliver_stays(start_hub: Start) -> None:
+    hub = start_hub({"handshake_s": 0.2})
+    with hub.connected() as stub:
+        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+        with encrypted(hub, OTHER) as silent:
+            silent.sendall(tls.GREETING)
+            assert is_closed(silent)  # who came later is gone
+        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+    assert len(hub.spool.parts) == 2
+
+
+def test_strangers_of_many_hosts_hold_no_other_up(start_hub: Start) -> None:
+    hub = start_hub({"handshake_s": 10 * DEADLINE_S})
+    with contextlib.ExitStack() as opened:
+        for number in range(256):
+            opened.enter_context(connect(hub, f"127.0.0.{2 + number // 32}"))
+        assert goes_on(hub)
+        # And again: who was let in did not stay a stranger.
         assert goes_on(hub)
 
 

@@ -74,6 +74,14 @@ def test_a_batch_arrives_as_it_was() -> None:
     assert same(decode(encode(EVERYTHING), ID), EVERYTHING)
 
 
+def test_what_was_copied_from_a_store_arrives_as_such() -> None:
+    ids = frozenset(info.producer_id for info in EVERYTHING.producers)
+    old = dataclasses.replace(EVERYTHING, history=ids)
+    assert decode(encode(old), ID).history == ids
+    own = Batch(BatchId("ef" * 16, 7, 8), parts=[(producer(5), part(old))])
+    assert opened(own).history == ids
+
+
 def test_an_empty_batch_arrives() -> None:
     assert same(decode(encode(Batch(ID)), ID), Batch(ID))
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import grpc
 
 from trackagent.agent import hubkey, tls
+from trackagent.agent.addresses import hub_address, joined
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
@@ -211,8 +212,10 @@ def upstream_sink(config: AgentConfig, node: str) -> ForwardSink:
     # With a CA the hub's certificate is its own.
     pin = hubkey.pin_of_token(token) if token and config.tls_ca is None else ""
 
+    address = joined(*hub_address(config.store))
+
     def connect() -> tuple[str, grpc.Channel]:
-        return config.store, tls.channel(config.store, pin=pin, files=files)
+        return address, tls.channel(address, pin=pin, files=files)
 
     return ForwardSink(
         UPSTREAM_SINK,

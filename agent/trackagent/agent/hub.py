@@ -83,8 +83,8 @@ class _Part:
 
 
 class Hub:
-    """One for each agent that listens. peer: who is behind a call, as the listener knows; cluster_token: ""
-    for none; version: this agent's."""
+    """One for each agent that listens. peer: who is behind a call, as the listener knows; welcome: tells it
+    that they may deliver; cluster_token: "" for none; version: this agent's."""
 
     def __init__(
         self,
@@ -94,12 +94,13 @@ class Hub:
         refusals: Refusals,
         peer: Callable[[str], Peer | None],
         *,
+        welcome: Callable[[str], None],
         cluster_token: str,
         version: str,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
         self._spool, self._tokens, self._table = spool, tokens, table
-        self._refusals, self._peer = refusals, peer
+        self._refusals, self._peer, self._welcome = refusals, peer, welcome
         self._cluster_token = cluster_token.encode()
         self._version, self._read_timeout_s = version, read_timeout_s
         self._turns: dict[str, _Turns] = {}
@@ -195,6 +196,7 @@ class Hub:
     async def _forward(
         self, request: hub_pb2.ForwardRequest, peer: Peer, context: Context
     ) -> hub_pb2.ForwardResponse:
+        runs = await self._granted(request.grants, peer, context)
         self._check_version(request.protocol_version)
         if not NODE_NAME.fullmatch(request.node):
             raise _Refused(
@@ -205,7 +207,6 @@ class Hub:
             raise _Refused(
                 _Code.INVALID_ARGUMENT, f"{len(request.parts)} parts: expected 1 to {MAX_PARTS}"
             )
-        runs = await self._granted(request.grants, peer, context)
         loop = asyncio.get_running_loop()
         parts = await loop.run_in_executor(self._threads, _checked, request.parts, runs)
         if peer.host not in self._told and len(self._told) < MAX_TOLD:
@@ -219,8 +220,8 @@ class Hub:
     async def _known(
         self, request: hub_pb2.KnownRequest, peer: Peer, context: Context
     ) -> hub_pb2.KnownResponse:
-        self._check_version(request.protocol_version)
         await self._granted(request.grants, peer, context)
+        self._check_version(request.protocol_version)
         ranges = await _committed(self._spool.arrived(_origin(request.origin)))
         return hub_pb2.KnownResponse(last=max((last for _, last in ranges), default=0))
 
@@ -229,6 +230,7 @@ class Hub:
     ) -> agent_pb2.MeetResponse:
         if not self._is_of_the_cluster(peer, context):
             raise _Refused(_Code.UNAUTHENTICATED, _unknown(self._cluster_token, [], context))
+        self._welcome(context.peer())
         try:
             return await self._table.meet(request)
         except BadMeeting as error:
@@ -258,6 +260,7 @@ class Hub:
     ) -> frozenset[str] | None:
         """The runs that the caller may deliver, None for all."""
         if self._is_of_the_cluster(peer, context):
+            self._welcome(context.peer())
             return None
         if len(grants) > MAX_GRANTS:
             raise _Refused(
@@ -277,6 +280,7 @@ class Hub:
             ) from None
         if not runs:
             raise _Refused(_Code.UNAUTHENTICATED, _unknown(self._cluster_token, grants, context))
+        self._welcome(context.peer())
         return runs
 
     def _good(self, grants: Sequence[hub_pb2.Grant]) -> frozenset[str]:

@@ -90,6 +90,7 @@ class HubServer:
             table,
             refusals,
             self._listener.peer,
+            welcome=self._listener.welcome,
             cluster_token=self._token,
             version=version,
         )

@@ -2,7 +2,8 @@
 socket, which only the agent's user can reach.
 
 gRPC would do the TLS too, but says neither why a handshake failed nor how much a peer sends. Here each
-connection has a deadline for its handshake; each host has a share of the connections and of the bytes per
+connection has a deadline for its handshake, and another to show that it may deliver: until then it is a
+stranger's, of whom few are let in at a time; each host has a share of the connections and of the bytes per
 second, and whoever sends more is read more slowly. As at the gate (gate.py), this end of the second
 connection has a name of its own, which gRPC shows as the peer. All of it runs in the loop that starts it.
 """
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 512
 RETRY_S = 0.1
 HANDSHAKE_S = 10.0
-MAX_HANDSHAKES, MAX_HANDSHAKES_OF_A_HOST = 256, 32
+MAX_STRANGERS, MAX_STRANGERS_OF_A_HOST = 256, 32
 # What one host may send on all its connections, and at once.
 BYTES_PER_S, BURST_BYTES = 32 * 1024 * 1024, 64 * 1024 * 1024
 _MAX_BUCKETS = 4096
@@ -77,7 +78,10 @@ class Listener:
         self._numbers = count()
         self._peers: dict[str, Peer] = {}
         self._connections: Counter[str] = Counter()
-        self._handshakes: Counter[str] = Counter()
+        # By host, those that have not shown yet that they may deliver, the oldest first.
+        self._strangers: dict[str, dict[asyncio.Task[None], None]] = {}
+        # Of those that are encrypted, by the names of this end.
+        self._unknown: dict[str, asyncio.Future[None]] = {}
         self._buckets: dict[str, Bucket] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -94,6 +98,12 @@ class Listener:
     def peer(self, name: str) -> Peer | None:
         """Who is behind a peer as gRPC names it; None for one that did not come through here."""
         return self._peers.get(name)
+
+    def welcome(self, name: str) -> None:
+        """A peer, as gRPC names it, has shown that it may deliver."""
+        known = self._unknown.pop(name, None)
+        if known is not None and not known.done():
+            known.set_result(None)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -123,6 +133,7 @@ class Listener:
                 self._refusals.tell(host, why)
                 return
             self._connections[host] += 1
+            self._note_stranger(host)
             try:
                 with contextlib.suppress(OSError):
                     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -136,13 +147,38 @@ class Listener:
                 logger.debug("a connection of %s ended: %s", host, error)
             finally:
                 _less(self._connections, host)
+                self._forget_stranger(host)
+
+    def _note_stranger(self, host: str) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._strangers.setdefault(host, {})[task] = None
+
+    def _forget_stranger(self, host: str) -> None:
+        task = asyncio.current_task()
+        ones = self._strangers.get(host, {})
+        if task is not None and ones.pop(task, self) is not self and not ones:
+            del self._strangers[host]
+
+    def _make_room(self, host: str) -> bool:
+        """Where there are too many strangers, the oldest of the host that has most of them goes; False where
+        that is this one."""
+        if sum(map(len, self._strangers.values())) < MAX_STRANGERS:
+            return True
+        most = max(self._strangers, key=lambda one: len(self._strangers[one]))
+        if len(self._strangers[most]) <= len(self._strangers.get(host, {})) + 1:
+            return False
+        oldest = next(iter(self._strangers[most]))
+        del self._strangers[most][oldest]
+        self._refusals.tell(most, "there are too many who have not shown that they may deliver")
+        oldest.cancel()
+        return True
 
     def _too_many(self, host: str) -> str | None:
         """Why the host may not connect now."""
-        if self._handshakes[host] >= MAX_HANDSHAKES_OF_A_HOST or (
-            self._handshakes.total() >= MAX_HANDSHAKES
-        ):
-            return f"{self._handshakes[host]} of its connections are not yet encrypted"
+        strangers = len(self._strangers.get(host, {}))
+        if strangers >= MAX_STRANGERS_OF_A_HOST or not self._make_room(host):
+            return f"{strangers} of its connections have not shown that they may deliver here"
         if self._connections[host] >= self._most // 2:
             return f"it has {self._connections[host]} connections, half of all (max_streams)"
         if self._connections.total() >= self._most:
@@ -151,21 +187,20 @@ class Listener:
 
     async def _greeted(self, client: socket.socket, host: str) -> Secured | None:
         """The encrypted connection; None, with a line in the log, where there is none."""
-        self._handshakes[host] += 1
+        _, side = await asyncio.get_running_loop().connect_accepted_socket(
+            partial(Secured, self._context, self._bucket(host)), client
+        )
         try:
-            _, side = await asyncio.get_running_loop().connect_accepted_socket(
-                partial(Secured, self._context, self._bucket(host)), client
-            )
-            try:
-                await asyncio.wait_for(side.greeted, self._handshake_s)
-            except (OSError, asyncio.TimeoutError) as error:
-                why = self._why(error)
-            else:
-                if side.protocol == tls.PROTOCOL:
-                    return side
-                why = "it speaks another protocol over TLS"
-        finally:
-            _less(self._handshakes, host)
+            await asyncio.wait_for(side.greeted, self._handshake_s)
+        except asyncio.CancelledError:
+            side.transport.abort()
+            raise
+        except (OSError, asyncio.TimeoutError) as error:
+            why = self._why(error)
+        else:
+            if side.protocol == tls.PROTOCOL:
+                return side
+            why = "it speaks another protocol over TLS"
         self._refusals.tell(host, why)
         side.close()
         await asyncio.wait([side.lost], timeout=_LAST_WORDS_S)
@@ -196,18 +231,31 @@ class Listener:
             own.setblocking(False)
             own.bind(f"\0{name}")
             self._peers[known] = Peer(host, outer.certified)
+            welcome = self._unknown[known] = loop.create_future()
             inner = None
             try:
                 await loop.sock_connect(own, str(self._inner))
                 _, inner = await loop.create_unix_connection(Side, sock=own)
                 outer.join(inner)
                 inner.join(outer)
-                await asyncio.wait((outer.lost, inner.lost), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    (outer.lost, inner.lost, welcome),
+                    timeout=self._handshake_s,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if welcome.done():
+                    self._forget_stranger(host)
+                    ends = (outer.lost, inner.lost)
+                    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                elif outer.received and not outer.lost.done() and not inner.lost.done():
+                    waited = f"within {self._handshake_s:g} s"
+                    self._refusals.tell(host, f"it has not shown {waited} that it may deliver here")
                 outer.close()
                 inner.close()
                 await asyncio.wait((outer.lost, inner.lost), timeout=_LAST_WORDS_S)
             finally:
                 del self._peers[known]
+                self._unknown.pop(known, None)
                 outer.transport.abort()
                 if inner is not None:
                     inner.transport.abort()

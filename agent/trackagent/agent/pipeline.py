@@ -23,8 +23,9 @@ from typing import Protocol, TypeVar
 from trackagent.agent import notices
 from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import Keys, decode
+from trackagent.agent.errors import AgentError
 from trackagent.agent.reducing import Reducer
-from trackagent.agent.sinks.contract import Remembers, Sink
+from trackagent.agent.sinks.contract import Away, Remembers, Sink
 from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
 from trackagent.agent.store.contract import (
     Batch,
@@ -114,6 +115,7 @@ class Pipeline(threading.Thread):
         # Batches of a delivery at most, None: any number.
         self._most: int | None = None
         self._retry_at = 0.0
+        self._doubtful = False
         self._deadline: float | None = None
         self._stopping = threading.Event()
         spool.add_sink(sink.name, from_now=from_now).result()
@@ -185,6 +187,13 @@ class Pipeline(threading.Thread):
             self._spool.reconcile_sink(self._sink.name, origin, last).result()
             self._tell_what_is_gone(origin, last)
 
+    def _look_again(self) -> None:
+        """Who was away may have lost what it had. What it has beyond the cursor is what is delivered next."""
+        if self._doubtful and isinstance(self._sink, Remembers):
+            origin = self._spool.add_sink(self._sink.name).result()
+            self._tell_what_is_gone(origin, self._sink.last_accepted(origin))
+        self._doubtful = False
+
     def _tell_what_is_gone(self, origin: str, last: int) -> None:
         """A sink may have lost what it had accepted: its file is gone, an older copy of it came back, its log
         was cut off. The runs are told under the ids of what is gone: once, however often this is begun. Who
@@ -249,6 +258,7 @@ class Pipeline(threading.Thread):
 
         def attempt() -> None:
             self._retry_letters()
+            self._look_again()
             self.state = "delivering"
             try:
                 self._pass_on(delivery)
@@ -370,7 +380,9 @@ class Pipeline(threading.Thread):
             try:
                 result = operation()
             except Exception as error:  # noqa: BLE001 - kept, whatever it was: the sink's contract
-                self.state, self.error = "retrying", f"{type(error).__name__}: {error}"
+                named = "" if isinstance(error, AgentError) else f"{type(error).__name__}: "
+                self.state, self.error = "retrying", f"{named}{error}"
+                self._doubtful |= isinstance(error, Away)
                 logger.warning("sink %s: %s; trying again", self._sink.name, self.error)
                 self._pause(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, self._max_backoff_s)

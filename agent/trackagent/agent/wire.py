@@ -59,7 +59,7 @@ class BadContent(AgentError):
 
 def encode(batch: Batch) -> bytes:
     """Everything that a batch says, but for its ids."""
-    content = hub_pb2.Content()
+    content = hub_pb2.Content(history=bool(batch.history))
     number = {info.producer_id: at for at, info in enumerate(batch.producers)}
     content.producers.extend(map(producers.to_message, batch.producers))
     content.metric_records.extend(
@@ -98,7 +98,7 @@ def opened(batch: Batch) -> Batch:
         dict(batch.metric_records),
     )
     lists: dict[str, Any] = {name: list(getattr(batch, name)) for name in _LISTS}
-    includes = list(batch.includes)
+    includes, history = list(batch.includes), batch.history
     for forwarder, data in batch.parts:
         try:
             part = hub_pb2.Part.FromString(data)
@@ -115,6 +115,7 @@ def opened(batch: Batch) -> Batch:
             )
             continue
         producers_ |= {info.producer_id: info for info in inner.producers}
+        history |= inner.history
         for name, items in lists.items():
             items.extend(getattr(inner, name))
         for id_, records in inner.metric_records.items():
@@ -124,6 +125,7 @@ def opened(batch: Batch) -> Batch:
         producers=list(producers_.values()),
         metric_records=metric_records,
         includes=includes,
+        history=history,
         parts=(),
         **lists,
     )
@@ -179,6 +181,7 @@ def _believed(content: hub_pb2.Content, id_: BatchId) -> Batch:
             for id_, records in zip(ids, content.metric_records, strict=True)
             if records
         },
+        history=frozenset(ids if content.history else ()),
     )
 
 

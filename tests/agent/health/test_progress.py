@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from tests.agent.store.batches import RUN, batch, producer
@@ -74,3 +76,22 @@ def test_events_are_passed_on_with_who_told_them() -> None:
     event = EventData(producer(1).producer_id, 5, "info", "halfway")
     watched.watch.take(batch(2, producer(1), events=[event]))
     assert watched.passed == [("rank 1", "halfway")]
+
+
+def test_what_was_copied_from_another_store_is_no_news() -> None:
+    watched = Watched()
+    old = producer(0, run="9" * 32)
+    steps = np.arange(5)
+    values = np.full((1, 5), np.nan)
+    points = Points(old.producer_id, ("loss",), steps, steps * 1_000, values)
+    told = EventData(old.producer_id, 1, "warning", "loss is NaN")
+    here = producer(1)
+    also = EventData(here.producer_id, 2, "warning", "a rank that goes on")
+    copied = batch(2, old, here, points=[points], events=[told, also])
+    watched.watch.take(dataclasses.replace(copied, history=frozenset([old.producer_id])))
+    watched.watch.look()
+    watched.now_s += 3_600
+    watched.watch.look()
+    assert old.producer_id not in watched.progress().ranks
+    assert not [one for one in watched.watch.standing() if one.run_id == old.run_id]
+    assert watched.passed == [("rank 1", "a rank that goes on")]

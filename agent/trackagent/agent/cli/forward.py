@@ -73,7 +73,8 @@ def _forwarded(store: Reader, run: RunSummary, sink: ForwardSink) -> dict[str, A
     for batch in store.copies(run.run_id, sink.last_accepted):
         sink.deliver(batch)
         batches += 1
-        points += sum(part.values.size for part in batch.points)
+        reducing = {info.producer_id for info in batch.producers if info.reduced}
+        points += sum(part.values.size for part in batch.points if part.producer_id not in reducing)
     return {"run_id": run.run_id, "name": run.name, "batches": batches, "points": points}
 
 

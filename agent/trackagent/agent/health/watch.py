@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from trackagent.agent.health.alarms import Alarms, Change, Finding
@@ -67,7 +68,10 @@ class Watch:
             self._thread.join()
 
     def take(self, batch: Batch) -> None:
-        """What was just delivered. Raises nothing: what the rules cannot take does not concern the store."""
+        """What was just delivered; not what was copied from another store, which is no news. Raises nothing:
+        what the rules cannot take does not concern the store."""
+        if batch.history:
+            batch = _without(batch, batch.history)
         with self._lock:
             try:
                 self._views.take(batch, self._clock())
@@ -123,6 +127,15 @@ class Watch:
                 self.look()
             except Exception:
                 logger.exception("health: a look failed; trying again")
+
+
+def _without(batch: Batch, ids: frozenset[bytes]) -> Batch:
+    """The batch without what it says of these producers."""
+    names = ("producers", "params", "tags", "events", "points", "ends", "losses", "gaps")
+    rest: dict[str, Any] = {
+        name: [one for one in getattr(batch, name) if one.producer_id not in ids] for name in names
+    }
+    return replace(batch, **rest)
 
 
 def _told(change: Change) -> tuple[str, str, dict[str, Any]]:

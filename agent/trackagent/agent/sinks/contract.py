@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from trackagent.agent.errors import AgentError
 from trackagent.agent.store.contract import Batch
+
+
+class Away(AgentError):
+    """The sink's other end does not answer. When it does, it may be another one, and know less."""
 
 
 class Sink(Protocol):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from trackagent.agent.errors import AgentError
+from trackagent.agent.sinks.contract import Away
 from trackagent.agent.store.contract import Batch, BatchId, Rejected, node_run_id
 from trackagent.agent.wire import encode
 from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
@@ -108,6 +109,8 @@ class ForwardSink:
             what = error.details() or error.code().name
             if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                 raise Rejected(f"the hub at {self._address} says: {what}") from None
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise Away(f"the hub at {self._address} does not answer ({what})") from None
             raise HubRefused(f"the hub at {self._address}: {what}") from None
 
 

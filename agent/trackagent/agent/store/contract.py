@@ -203,7 +203,8 @@ class Batch:
     `producers` of this batch or of one written before. metric_records: for each producer the number of metric
     records (log calls) whose values stand in `points`. includes: the ranges of other agents' spools of which
     it was made; `Reader.ranges` knows them once the batch is written. parts: what other agents forwarded
-    and nobody has read yet (wire.py), each with the producer that stands for its agent; no store gets any."""
+    and nobody has read yet (wire.py), each with the producer that stands for its agent; no store gets any.
+    history: the producers of which what stands here was copied from another store: it happened long ago."""
 
     id: BatchId
     producers: Sequence[ProducerInfo] = ()
@@ -217,6 +218,7 @@ class Batch:
     metric_records: dict[bytes, int] = field(default_factory=dict)
     includes: Sequence[BatchId] = ()
     parts: Sequence[tuple[ProducerInfo, bytes]] = ()
+    history: frozenset[bytes] = frozenset()
 
 
 # --- what is read ----------------------------------------------------------------------------------

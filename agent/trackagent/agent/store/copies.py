@@ -47,6 +47,13 @@ _PRODUCERS = (
 
 def copies(connected: Connected, run: int, known: Known) -> Iterator[Batch]:
     """Of the run in this row. known: up to where the other store has an origin, 0 for nothing."""
+    for batch in _copies(connected, run, known):
+        yield dataclasses.replace(
+            batch, history=frozenset(one.producer_id for one in batch.producers)
+        )
+
+
+def _copies(connected: Connected, run: int, known: Known) -> Iterator[Batch]:
     with connected("copy a run") as connection:
         rows = connection.execute(_PRODUCERS, (run,)).fetchall()
         infos = {row[0]: _info(row) for row in rows}

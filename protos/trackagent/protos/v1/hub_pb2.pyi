@@ -61,7 +61,7 @@ class Part(_message.Message):
     def __init__(self, origin: _Optional[str] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., content: _Optional[bytes] = ...) -> None: ...
 
 class Content(_message.Message):
-    __slots__ = ("producers", "columns", "params", "tags", "events", "ends", "losses", "gaps", "metric_records")
+    __slots__ = ("producers", "columns", "params", "tags", "events", "ends", "losses", "gaps", "metric_records", "history")
     PRODUCERS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Content(_message.Message):
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     GAPS_FIELD_NUMBER: _ClassVar[int]
     METRIC_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     producers: _containers.RepeatedCompositeFieldContainer[_agent_pb2.Producer]
     columns: _containers.RepeatedCompositeFieldContainer[Columns]
     params: _containers.RepeatedCompositeFieldContainer[Setting]
@@ -80,7 +81,8 @@ class Content(_message.Message):
     losses: _containers.RepeatedCompositeFieldContainer[Loss]
     gaps: _containers.RepeatedCompositeFieldContainer[Gap]
     metric_records: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, producers: _Optional[_Iterable[_Union[_agent_pb2.Producer, _Mapping]]] = ..., columns: _Optional[_Iterable[_Union[Columns, _Mapping]]] = ..., params: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., tags: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[End, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[Loss, _Mapping]]] = ..., gaps: _Optional[_Iterable[_Union[Gap, _Mapping]]] = ..., metric_records: _Optional[_Iterable[int]] = ...) -> None: ...
+    history: bool
+    def __init__(self, producers: _Optional[_Iterable[_Union[_agent_pb2.Producer, _Mapping]]] = ..., columns: _Optional[_Iterable[_Union[Columns, _Mapping]]] = ..., params: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., tags: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[End, _Mapping]]] = ..., losses: _Optional[_Iterable[_Union[Loss, _Mapping]]] = ..., gaps: _Optional[_Iterable[_Union[Gap, _Mapping]]] = ..., metric_records: _Optional[_Iterable[int]] = ..., history: bool = ...) -> None: ...
 
 class Columns(_message.Message):
     __slots__ = ("producer", "keys", "steps", "times", "values", "reduced")
