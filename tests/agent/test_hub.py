@@ -244,8 +244,17 @@ def test_another_version_is_refused_with_both(hub: RunningHub) -> None:
         "nodes",
     )
     with hub.connected() as stub:
-        assert refused(stub.Forward, request(protocol_version=2)) == expected
-        assert refused(stub.Known, hub_pb2.KnownRequest(protocol_version=2)) == expected
+        newer = request(protocol_version=2, grants=[grant()])
+        assert refused(stub.Forward, newer) == expected
+        asked = hub_pb2.KnownRequest(protocol_version=2, grants=[grant()])
+        assert refused(stub.Known, asked) == expected
+
+
+def test_who_may_not_deliver_does_not_learn_the_hubs_version(hub: RunningHub) -> None:
+    with hub.connected() as stub:
+        code, message = refused(stub.Forward, request(protocol_version=2))
+    assert code == Code.UNAUTHENTICATED
+    assert "1.2.3" not in message
 
 
 def test_what_is_no_message_is_refused(hub: RunningHub) -> None:

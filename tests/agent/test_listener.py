@@ -162,13 +162,18 @@ def test_who_says_nothing_once_encrypted_is_cut_off(start_hub: Start, log: Log) 
 
 def test_who_may_deliver_stays(start_hub: Start) -> None:
     hub = start_hub({"handshake_s": 0.2})
-    with hub.connected() as stub:
-        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
-        with encrypted(hub, OTHER) as silent:
-            silent.sendall(tls.GREETING)
-            assert is_closed(silent)  # who came later is gone
-        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
-    assert len(hub.spool.parts) == 2
+    states: list[grpc.ChannelConnectivity] = []
+    channel = tls.channel(hub.address, pin=hub.server.pin)
+    channel.subscribe(states.append)
+    stub = hub_pb2_grpc.HubStub(channel)
+    stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+    with encrypted(hub, OTHER) as silent:
+        silent.sendall(tls.GREETING)
+        assert is_closed(silent)  # who came later is gone
+    stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+    assert states[-1] == grpc.ChannelConnectivity.READY
+    assert states.count(grpc.ChannelConnectivity.READY) == 1
+    channel.close()
 
 
 def test_strangers_of_many_hosts_hold_no_other_up(start_hub: Start) -> None:

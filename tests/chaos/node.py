@@ -81,6 +81,8 @@ class Node:
         self.agent = AgentProcess(
             self.folders,
             f"--deliver-interval-s={deliver_interval_s}",
+            # What is looked for are the ranks' own points, however many they say that there are.
+            f"--keep-all-ranks={1 << 24}",
             command=launch,
             variables=self._variables,
         )
