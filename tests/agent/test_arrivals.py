@@ -80,3 +80,12 @@ def test_a_spool_that_knows_an_origin_needs_to_ask_nobody(
     opened.accept(BatchId(ORIGIN, 20, 20), b"20-20   ", "host-b").result()
     accept(arrivals, 21, 21)
     assert before.asked == []
+
+
+def test_who_passes_parts_on_asks_nobody(opened: Spool, before: Before) -> None:
+    arrivals = Arrivals(opened, before, passes_on=True)
+    before.problems.append(StoreError("the hub is away"))
+    accept(arrivals, 5, 8)
+    assert before.asked == []
+    assert [data.rstrip() for _, _, data in spooled(opened)] == [b"5-8"]
+    arrivals.close()

@@ -22,9 +22,14 @@ _ASKING = 4
 
 class Arrivals:
     """Takes parts into the spool. before: which ranges of an origin came before this spool; what it raises
-    keeps the part where it is. Futures fail with that, and as Spool.accept does. Any thread may call."""
+    keeps the part where it is. passes_on: nothing is asked for a part: whoever gets it next keeps it once,
+    and need not be there now. Futures fail with what `before` raises, and as Spool.accept does. Any thread
+    may call."""
 
-    def __init__(self, spool: Spool, before: Callable[[str], Ranges]) -> None:
+    def __init__(
+        self, spool: Spool, before: Callable[[str], Ranges], *, passes_on: bool = False
+    ) -> None:
+        self._passes_on = passes_on
         self._spool = spool
         self._before = before
         self._lock = threading.Lock()
@@ -33,7 +38,7 @@ class Arrivals:
 
     def accept(self, id_: BatchId, part: bytes, node: str) -> Future[None]:
         """As Spool.accept."""
-        if id_.origin in self._asked:
+        if self._passes_on or id_.origin in self._asked:
             return self._spool.accept(id_, part, node)
         return self._askers.submit(self._accept, id_, part, node)
 

@@ -295,7 +295,7 @@ async def _serve(
         pin="" if hub is None else hub.pin,
         guests=None if hub is None else hub.tokens,
     )
-    arrivals = Arrivals(spool, _before(config))
+    arrivals = Arrivals(spool, _before(config), passes_on=bool(config.store))
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],
         max_bytes=config.quarantine_bytes,

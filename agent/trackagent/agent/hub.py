@@ -24,12 +24,13 @@ from google.protobuf.message import DecodeError
 
 from trackagent.agent import wire
 from trackagent.agent.config import NODE_NAME
+from trackagent.agent.errors import AgentError
 from trackagent.agent.interceptors import WHAT_IS_WRONG
 from trackagent.agent.listener import Peer
 from trackagent.agent.meeting import BadMeeting, NoHub, NoRoom, Table
 from trackagent.agent.refusals import Refusals
 from trackagent.agent.spool import Overlaps, SpoolError, SpoolFull
-from trackagent.agent.store.contract import Batch, BatchId, node_run_id
+from trackagent.agent.store.contract import Batch, BatchId, StoreError, node_run_id
 from trackagent.agent.tokens import TokenTable
 from trackagent.protos.v1 import agent_pb2, hub_pb2
 
@@ -367,6 +368,10 @@ async def _committed(job: Future[Any]) -> Any:
         raise _Refused(_Code.INVALID_ARGUMENT, str(error)) from None
     except (SpoolError, sqlite3.Error) as error:
         raise _Refused(_Code.INTERNAL, f"the hub's spool cannot commit: {error}", False) from None
+    except (AgentError, StoreError) as error:
+        logger.warning("cannot tell what came of another agent before: %s", error)
+        message = "the hub cannot tell yet what came before: come back"
+        raise _Refused(_Code.UNAVAILABLE, message, False) from None
 
 
 class _Turns:
