@@ -192,5 +192,14 @@ def test_forward_needs_to_be_told_who_the_hub_is(start_node: Start) -> None:
     node = start_node()
     run_script(node.folders, ALL_ONCE, RUN_ID)
     done = node.run_cli("forward", "--to", "127.0.0.1:1", check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "trackagent: --to 127.0.0.1:1 alone does not tell that hub from another, and this node from a "
+        "stranger: add --token-file FILE, or --tls-ca, --tls-cert and --tls-key\n",
+    )
+
+
+def test_forward_says_of_what_is_no_address_that_to_is_wrong(start_node: Start) -> None:
+    done = start_node().run_cli("forward", "--to", "hub:one", check=False)
     assert done.returncode == 2
-    assert "give token_file, or tls_ca, tls_cert and tls_key" in done.stderr
+    assert done.stderr.startswith("trackagent: --to is 'hub:one': give ")

@@ -251,7 +251,7 @@ class AgentConfig(Thresholds):
         for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
             if getattr(self, one) and not getattr(self, other):
                 raise ConfigError(f"{one} is set without {other}: give both")
-        if self.store and not self.token_file and not (self.tls_ca and self.tls_cert):
+        if self.store and not self.has_credentials:
             raise ConfigError(
                 "store is set without what tells its hub from another, and this agent from a stranger: give "
                 "token_file, or tls_ca, tls_cert and tls_key"
@@ -268,6 +268,11 @@ class AgentConfig(Thresholds):
                     f"there is no rule {name!r}: give all, none, or {', '.join(RULES)}"
                 )
         return frozenset(asked)
+
+    @property
+    def has_credentials(self) -> bool:
+        """Whether a hub can be told from another, and this agent from a stranger."""
+        return bool(self.token_file or (self.tls_ca and self.tls_cert))
 
     @property
     def stopping_s(self) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from trackagent.agent.addresses import hub_address
 from trackagent.agent.cli import OK
 from trackagent.agent.cli.options import configured, json_option, opened_store
 from trackagent.agent.cli.output import counted, print_json
 from trackagent.agent.config import AgentConfig
+from trackagent.agent.errors import ConfigError
 from trackagent.agent.shown import visible
 
 if TYPE_CHECKING:
@@ -21,12 +24,12 @@ if TYPE_CHECKING:
 @configured
 @json_option
 @click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--to", "store", required=True, metavar="HOST:PORT", help="The hub.")
+@click.option("--to", "hub", required=True, metavar="HOST:PORT", help="The hub.")
 @click.option("--token-file", metavar="FILE", help="The cluster's token; the hub has it too.")
 @click.option("--tls-ca", metavar="FILE", help="The cluster's CA, instead of a token.")
 @click.option("--tls-cert", metavar="FILE", help="This node's certificate by it.")
 @click.option("--tls-key", metavar="FILE", help="Its key.")
-def forward_command(config: AgentConfig, as_json: bool, runs: tuple[str, ...]) -> int:
+def forward_command(config: AgentConfig, as_json: bool, runs: tuple[str, ...], hub: str) -> int:
     """Deliver runs of this node's store to a hub: those of a job whose rank 0 named none, or all.
 
     What the hub has already is not sent again, so the command may be repeated, and a run that goes on may be
@@ -44,6 +47,7 @@ def forward_command(config: AgentConfig, as_json: bool, runs: tuple[str, ...]) -
     """
     from trackagent.agent.forwarding import upstream_sink
 
+    config = _delivering_to(config, hub)
     sink = upstream_sink(config, config.node)
     sent = []
     try:
@@ -59,6 +63,20 @@ def forward_command(config: AgentConfig, as_json: bool, runs: tuple[str, ...]) -
     elif not sent:
         click.echo("no runs yet")
     return OK
+
+
+def _delivering_to(config: AgentConfig, hub: str) -> AgentConfig:
+    """ConfigError in the words of this command's flags, of which none is --store."""
+    try:
+        hub_address(hub)
+    except ValueError as error:
+        raise ConfigError(f"--to is {hub!r:.300}: {error}") from None
+    if not config.has_credentials:
+        raise ConfigError(
+            f"--to {hub} alone does not tell that hub from another, and this node from a stranger: add "
+            "--token-file FILE, or --tls-ca, --tls-cert and --tls-key"
+        )
+    return replace(config, store=hub)
 
 
 def _chosen(store: Reader, names: tuple[str, ...]) -> list[RunSummary]:
