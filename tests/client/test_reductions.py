@@ -84,6 +84,13 @@ def test_a_definition_is_a_tag(run: Run, folders: Folders) -> None:
         {"pattern": ""},
         {"pattern": "a" * 250},
         {"pattern": 7},
+        {"pattern": "["},
+        {"pattern": "train/[abc"},
+        {"pattern": "[]"},
+        {"pattern": "[!]"},
+        {"pattern": "[ab]/[cd"},
+        {"pattern": "[z-a]"},
+        {"pattern": "[!a-c9-0]"},
         {"reduce": "median"},
         {"keep": "some"},
         {"reduce": "none", "keep": "extremes"},
@@ -101,6 +108,33 @@ def test_a_wrong_definition_is_refused(
     run.finish()
     assert definitions(folders) == {}
     assert warnings(caplog)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        (
+            "train/[abc",
+            "the pattern 'train/[abc' has a [ that no ] closes: close it, or write [[] ",
+        ),
+        ("rank[9-0]", "the pattern 'rank[9-0]' has the range 9-0, in which nothing is: write 0-9"),
+    ],
+)
+def test_a_pattern_that_cannot_be_meant_is_told_with_what_to_write(
+    run: Run, pattern: str, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.define(pattern)
+    run.finish()
+    assert problem in warnings(caplog)[0]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["layer[[]0]/*", "[]]", "[!]]x", "[!!]", "[a-c-e]", "[-a]", "[a-]", "]", "a-z", "[--0]"],
+)
+def test_sets_as_fnmatch_reads_them_are_patterns(run: Run, folders: Folders, pattern: str) -> None:
+    run.define(pattern)
+    assert list(definitions(folders)) == [pattern]
 
 
 def test_groups_are_part_of_who_logs(start: Callable[..., Run], folders: Folders) -> None:

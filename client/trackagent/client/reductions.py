@@ -22,6 +22,9 @@ REDUCTIONS = ("mean", "sum", "min", "max", "none")
 KEPT = ("all", "extremes", "none")
 MAX_GROUPS = 8
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# As fnmatch reads one: a ] that comes first, or after !, is one of its characters.
+_SET = re.compile(r"\[(?:!(.[^\]]*)|([^!][^\]]*))\]")
+_RANGE = re.compile(r"(.)-(.)")
 
 
 def to_weight(weight: Any) -> float:
@@ -49,6 +52,7 @@ def definition(pattern: Any, reduce: Any, keep: Any, every: Any) -> tuple[str, s
     """The tag, name and text, that defines how keys which match are reduced."""
     values.check_key(pattern, "pattern")
     name = values.check_key(f"{DEFINITION}{pattern}", "pattern")
+    _check_sets(pattern)
     if reduce not in REDUCTIONS:
         raise _bad(f"reduce is {values.shown(reduce)}: one of {', '.join(REDUCTIONS)}")
     if keep is not None and keep not in KEPT:
@@ -82,6 +86,25 @@ def to_groups(groups: Any) -> dict[str, str]:
             )
         found[name] = text
     return found
+
+
+def _check_sets(pattern: str) -> None:
+    """Refuses what fnmatch takes for something that nobody means."""
+    at = 0
+    while (at := pattern.find("[", at)) >= 0:
+        found = _SET.match(pattern, at)
+        if found is None:
+            raise _bad(
+                f"the pattern {values.shown(pattern)} has a [ that no ] closes: close it, or write [[] "
+                "for one that stands in the key"
+            )
+        for first, last in _RANGE.findall(found[1] or found[2]):
+            if first > last:
+                raise _bad(
+                    f"the pattern {values.shown(pattern)} has the range {first}-{last}, in which nothing is: "
+                    f"write {last}-{first}"
+                )
+        at = found.end()
 
 
 def _bad(problem: str) -> ValueRefused:
