@@ -100,7 +100,8 @@ def applied_is_known(connection: sqlite3.Connection) -> None:
 def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | None:
     """Adds a producer with its run and source; returns the run, None when it was there before.
 
-    A run in which nobody logs is not listed; the first who does makes it what it is (`settle`).
+    A run in which nobody logs is not listed; the first who does makes it what it is (`settle`). When all of
+    a batch are there, the attempts of their runs are to be numbered.
     """
     known = connection.execute("SELECT 1 FROM producers WHERE producer_id = ?", (info.producer_id,))
     if known.fetchone():
@@ -144,11 +145,10 @@ def add_producer(connection: sqlite3.Connection, info: ProducerInfo) -> int | No
             json.dumps(dict(info.groups), ensure_ascii=False) if info.groups else "",
         ),
     )
-    _number_attempts(connection, run)
     return run
 
 
-def _number_attempts(connection: sqlite3.Connection, run: int) -> None:
+def number_attempts(connection: sqlite3.Connection, run: int) -> None:
     """Counts the run's attempts over the jobs that continued it, in order of when each job first began it;
     a job's own number stays where it can. Producers may come in any order. Samples of an attempt get its
     number, and have no say in it."""

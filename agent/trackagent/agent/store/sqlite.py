@@ -221,6 +221,8 @@ class SqliteWriter:
                 added = runs.add_producer(connection, info)
                 if added is not None:
                     changed.add(added)
+        for run in changed:  # once, since it looks at all producers of a run
+            runs.number_attempts(connection, run)
         for id_, group in _grouped(batch.points).items():
             producer = self._producer(connection, id_[0])
             points, series = self._streams.append(connection, producer, group)
