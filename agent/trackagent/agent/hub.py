@@ -2,8 +2,8 @@
 
 Whoever calls is believed nothing. Their bytes are read only while there is room for a whole message, so many
 at once of all and of each host, within a deadline. Who may deliver is asked before anything is unpacked; then
-each part is decoded, on a thread, to see that a store could take it and that all its runs are granted. What
-goes on to the spool is the part as it came.
+each part is decoded, large ones on a thread, to see that a store could take it and that all its runs are
+granted. What goes on to the spool is the part as it came.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ MAX_READING, MAX_CALLS_OF_A_HOST, MAX_WAITING_OF_A_HOST = 32, 8, 128
 READ_TIMEOUT_S, TURN_TIMEOUT_S = 30.0, 30.0
 # Hosts that the log names when they first deliver.
 MAX_TOLD = 10_000
+# Unpacked, of a call: so much is checked in the loop, in less time than it takes to have a thread do it.
+MAX_BYTES_HERE = 64 * 1024
 # What is read and awaits its commit.
 MAX_HELD_BYTES = 128 * 1024 * 1024
 _ORIGIN = re.compile(r"[0-9a-f]{32}")
@@ -208,8 +210,11 @@ class Hub:
             raise _Refused(
                 _Code.INVALID_ARGUMENT, f"{len(request.parts)} parts: expected 1 to {MAX_PARTS}"
             )
-        loop = asyncio.get_running_loop()
-        parts = await loop.run_in_executor(self._threads, _checked, request.parts, runs)
+        if sum(wire.unpacked_bytes(part.content) for part in request.parts) <= MAX_BYTES_HERE:
+            parts = _checked(request.parts, runs)
+        else:
+            loop = asyncio.get_running_loop()
+            parts = await loop.run_in_executor(self._threads, _checked, request.parts, runs)
         if peer.host not in self._told and len(self._told) < MAX_TOLD:
             self._told.add(peer.host)
             logger.info("node %s (%s) delivers here", request.node, peer.host)

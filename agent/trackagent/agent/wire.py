@@ -144,6 +144,15 @@ def decode(content: bytes, id_: BatchId, limit: int = MAX_CONTENT_BYTES) -> Batc
         raise BadContent(f"its content cannot be believed: {error!s:.300}") from None
 
 
+def unpacked_bytes(content: bytes) -> int:
+    """How large `content` says that it is unpacked; the greatest number where it does not say that, or is not
+    compressed at all. `decode` unpacks no more."""
+    try:
+        return int(zstandard.get_frame_parameters(content).content_size)
+    except zstandard.ZstdError:
+        return zstandard.CONTENTSIZE_UNKNOWN
+
+
 def _unpacked(content: bytes, limit: int) -> bytes:
     try:
         size = zstandard.get_frame_parameters(content).content_size
