@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -156,6 +158,48 @@ def test_attempts_grow_apart(spool: Spool, start: Start, monkeypatch: pytest.Mon
     append(spool, 1)
     wait_until(lambda: sink.accepted)
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30.0, 30.0]
+
+
+@pytest.fixture
+def told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[[], list[str]]:
+    """What the log has of the pipeline, which makes no pauses."""
+    monkeypatch.setattr(Pipeline, "_pause", lambda self, seconds: None)
+    caplog.set_level(logging.INFO, pipeline_module.__name__)
+    return lambda: [re.sub(r"\d+ s\b", "N s", one) for one in caplog.messages]
+
+
+def test_a_reason_is_told_once_and_when_it_is_over(
+    spool: Spool, start: Start, told: Callable[[], list[str]]
+) -> None:
+    away, odd = OSError("no network"), ValueError("odd")
+    pipeline = start(FakeSink("fake", away, away, odd, away, odd))
+    append(spool, 1)
+    wait_until(lambda: pipeline.accepted_ns)
+    pipeline.stop(DEADLINE_S)
+    assert told() == [
+        "sink fake: OSError: no network; trying again",
+        "sink fake: ValueError: odd; trying again (3 times in N s)",
+        "sink fake goes on after 5 failures in N s",
+    ]
+
+
+def test_a_reason_that_lasts_is_told_again(
+    spool: Spool,
+    start: Start,
+    told: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline_module, "TELL_AGAIN_S", 0.0)
+    pipeline = start(FakeSink("fake", *[OSError("no network")] * 3))
+    append(spool, 1)
+    wait_until(lambda: pipeline.accepted_ns)
+    assert told()[:3] == [
+        "sink fake: OSError: no network; trying again",
+        "sink fake: OSError: no network; trying again (2 times in N s)",
+        "sink fake: OSError: no network; trying again (3 times in N s)",
+    ]
 
 
 @pytest.mark.parametrize("statement", ["UPDATE sinks SET planned", "UPDATE sinks SET cursor"])

@@ -48,6 +48,8 @@ DELIVERY_BYTES = 8 * 1024 * 1024
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 30.0
 MAX_BACKOFF_STOPPING_S = 1.0
+# How often the log has one and the same reason for which a sink does not get on.
+TELL_AGAIN_S = 60.0
 IDLE_WORK_S = 0.1
 # How long a delivery may wait for what ranks send, to share its commit: they send together, every 175 ms.
 SHARING_S = 0.2
@@ -374,8 +376,12 @@ class Pipeline(threading.Thread):
             logger.info("dead letter %s is delivered", letter.id)
 
     def _until_done(self, operation: Callable[[], T]) -> T:
-        """What `operation` returns; as long as it raises, it is tried again, until the time is up."""
+        """What `operation` returns; as long as it raises, it is tried again, until the time is up. The log
+        has each reason once in TELL_AGAIN_S, and when it is over."""
         backoff_s = FIRST_BACKOFF_S
+        failures, began = 0, time.monotonic()
+        told: set[str] = set()
+        forget_at = began + TELL_AGAIN_S
         while self._deadline is None or time.monotonic() < self._deadline:
             try:
                 result = operation()
@@ -383,11 +389,27 @@ class Pipeline(threading.Thread):
                 named = "" if isinstance(error, AgentError) else f"{type(error).__name__}: "
                 self.state, self.error = "retrying", f"{named}{error}"
                 self._doubtful |= isinstance(error, Away)
-                logger.warning("sink %s: %s; trying again", self._sink.name, self.error)
+                failures += 1
+                now = time.monotonic()
+                if now >= forget_at:
+                    told.clear()
+                    forget_at = now + TELL_AGAIN_S
+                if self.error not in told:
+                    told.add(self.error)
+                    so_far = f" ({failures} times in {now - began:.0f} s)" if failures > 1 else ""
+                    logger.warning(
+                        "sink %s: %s; trying again%s", self._sink.name, self.error, so_far
+                    )
                 self._pause(backoff_s * random.uniform(0.5, 1.0))
                 backoff_s = min(2 * backoff_s, self._max_backoff_s)
             else:
                 self.state, self.error = "idle", ""
+                if failures:
+                    count = f"{failures} failure{'s' if failures > 1 else ''}"
+                    took_s = time.monotonic() - began
+                    logger.info(
+                        "sink %s goes on after %s in %.0f s", self._sink.name, count, took_s
+                    )
                 return result
         raise _TimeIsUp
 
