@@ -17,10 +17,13 @@ from trackagent.agent.policies import Policies
 from trackagent.agent.reducing import reduced
 from trackagent.agent.store import open_writer
 
+WEIGHT = "trackagent/weight"
+
 
 @pytest.fixture(scope="module")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state folder with a run of three ranks, of which rank 2 is behind, and one of a single rank."""
+    """A state folder with a run of three ranks, of which rank 2 is behind, and one of a single rank, which
+    gives weights."""
     folder = tmp_path_factory.mktemp("state")
     ranks = [
         producer(n, world_size=3, node=f"n{n // 2}", groups=(("tp", str(n % 2)),)) for n in range(3)
@@ -44,7 +47,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with contextlib.closing(open_writer(folder / "store.db")) as writer:
         whole = batch(1, *ranks, points=[*said, *tokens], tags=tags)
         writer.write(reduced(whole, learnt(whole), keep_all_ranks=64, stores=True))
-        writer.write(batch(2, alone, points=[points(alone, range(3))]))
+        weighted = points(alone, range(3), keys=("loss", WEIGHT))
+        writer.write(batch(2, alone, points=[weighted]))
     return folder
 
 
@@ -145,3 +149,26 @@ def test_show_as_json_has_them_all(cli: Any) -> None:
         ("loss", 2, 3, True),
         ("tokens", 3, 3, False),
     ]
+
+
+def test_weights_are_no_series_for_people(cli: Any) -> None:
+    shown = cli("show", OTHER_RUN).stdout
+    assert WEIGHT not in shown
+    assert "keys drawn" not in shown
+    tailed = cli("tail", OTHER_RUN, "--once").stdout
+    assert [line.split()[-1] for line in tailed.splitlines()] == ["loss=0", "loss=1", "loss=2"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("show", OTHER_RUN, "--key", WEIGHT),
+        ("tail", OTHER_RUN, "--once", "--key", WEIGHT),
+        ("show", OTHER_RUN, "--json"),
+        ("tail", OTHER_RUN, "--once", "--json"),
+        ("export", OTHER_RUN),
+    ],
+    ids=lambda asked: " ".join(asked[::2]),
+)
+def test_weights_are_there_for_who_asks(cli: Any, asked: tuple[str, ...]) -> None:
+    assert WEIGHT in cli(*asked).stdout

@@ -29,6 +29,7 @@ from trackagent.agent.cli.output import (
 )
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.shown import visible
+from trackagent.client.reductions import WEIGHT_KEY
 
 if TYPE_CHECKING:
     from trackagent.agent.store.contract import Event, ExportBlock, Reader, RunGap
@@ -346,8 +347,10 @@ def _entry_text(entry: dict[str, Any]) -> str:
     if entry["step"] is not None:
         begin += f"  step {entry['step']}"
     if "values" in entry:
-        values = "  ".join(f"{visible(k)}={number(v)}" for k, v in entry["values"].items())
-        return f"{begin}  {values}"
+        every = entry["values"].items()
+        # A weight alone is what was asked for.
+        shown = [(key, value) for key, value in every if key != WEIGHT_KEY] or every
+        return f"{begin}  {'  '.join(f'{visible(k)}={number(v)}' for k, v in shown)}"
     if "gap" in entry:
         return f"{begin}  gap: {entry['text']}"
     return f"{begin}  {entry['level']}: {visible(entry['message'])}"

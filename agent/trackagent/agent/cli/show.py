@@ -31,7 +31,7 @@ from trackagent.agent.cli.output import (
 from trackagent.agent.cli.reductions import print_reductions, reduction_curves
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.shown import visible
-from trackagent.client.reductions import DEFINITION
+from trackagent.client.reductions import DEFINITION, WEIGHT_KEY
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,6 +116,9 @@ def show_command(
         reductions = store.reductions_list(summary.run_id)
         by_key = _by_key(series)
         keys = sorted({*by_key, *(one.key for one in reductions)})
+        if not patterns:
+            # No series of the user's, though kept as one.
+            keys = [key for key in keys if key != WEIGHT_KEY]
         drawn = [] if no_curves else _chosen(keys, patterns)
         beside = {} if no_curves else samples.drawn(sampled, patterns)
         if patterns and not no_curves and not drawn and not beside:
@@ -131,7 +134,7 @@ def show_command(
         _print_events(out, store.events(summary.run_id))
         gaps = store.gaps(summary.run_id)
         _print_gaps(out, gaps)
-        _print_series(out, series)
+        _print_series(out, [one for one in series if one.key != WEIGHT_KEY])
         print_reductions(out, reductions, summary.world_size)
         samples.print_samples(out, sampled, every=all_samples)
         # Of these, the curves of single ranks have holes, and their mean would be another.
