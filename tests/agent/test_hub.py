@@ -325,6 +325,7 @@ def test_what_the_ranks_read_names_the_hub_and_no_secret(start_hub: Start, tmp_p
         "version": 1,
         "address": f"head.example.org:{hub.port}",
         "pin": hub.server.pin,
+        "cluster": True,
     }
     assert hub.config.hub_file_path.stat().st_mode & 0o777 == 0o600
 

@@ -227,6 +227,20 @@ def test_ranks_that_cannot_hear_of_a_hub_are_told_where_the_run_spans_nodes(
     assert [node.hubs(**environ).unheard(FOUR_RANKS) for environ in (ONE_NODE, {})] == ["", ""]
 
 
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "cluster", "told"),
+    [(0, 0, True, False), (1, 1, True, False), (2, 0, True, True), (0, 0, False, True)],
+    ids=["rank 0", "on its node", "on another node", "without the cluster's token"],
+)
+def test_ranks_beside_the_clusters_hub_are_not_told(
+    node: Node, rank: int, local_rank: int, cluster: bool, told: bool
+) -> None:
+    node.listen()
+    node.says(OFFER | {"cluster": cluster})
+    ranks = Ranks(rank=rank, local_rank=local_rank, world_size=4)
+    assert bool(node.hubs(**TWO_NODES).unheard(ranks)) is told
+
+
 # --- a whole run
 
 

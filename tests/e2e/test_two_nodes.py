@@ -150,7 +150,12 @@ def test_one_port_listens_where_asked(hub: AgentProcess) -> None:
     port = int(address(hub).rpartition(":")[2])
     assert listening(hub) == [f"0100007F:{port:04X}"]
     said = json.loads((hub.folders.directory / "hub.json").read_text())
-    assert said == {"version": 1, "address": f"127.0.0.1:{port}", "pin": status(hub)["pin"]}
+    assert said == {
+        "version": 1,
+        "address": f"127.0.0.1:{port}",
+        "pin": status(hub)["pin"],
+        "cluster": True,
+    }
     assert f"other nodes may deliver at 127.0.0.1:{port}" in hub.run_cli("status").stdout
 
 

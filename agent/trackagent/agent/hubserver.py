@@ -104,8 +104,8 @@ class HubServer:
         if config.store:  # what comes here goes there
             say(config, store=True)
         else:
-            port = self._port.getsockname()[1]
-            say(config, address=joined(*_advertised(config, self._host, port)), pin=self.pin)
+            address = joined(*_advertised(config, self._host, self._port.getsockname()[1]))
+            say(config, address=address, pin=self.pin, cluster=config.has_credentials)
         logger.info("other nodes may deliver at %s (pin %s)", self.address, self.pin)
 
     async def stop(self, grace_s: float) -> None:

@@ -1,9 +1,10 @@
 """Which hub a run has, as far as this node can say: rank 0 names it, by what its agent says in hub.json.
 
 An agent that takes what other nodes forward writes hub.json beside its socket:
-{"version": 1, "address": "host:port", "pin": "64 hexadecimal digits"}, the host empty where it listens at all
-addresses; one that delivers everything to another hub: {"version": 1, "store": true}. The file of an agent
-that does not answer at its socket is stale, and not heeded.
+{"version": 1, "address": "host:port", "pin": "64 hexadecimal digits", "cluster": true}, the host empty where
+it listens at all addresses, cluster false where it has nothing by which agents with `--store` know it; one
+that delivers everything to another hub: {"version": 1, "store": true}. The file of an agent that does not
+answer at its socket is stale, and not heeded.
 """
 
 from __future__ import annotations
@@ -45,11 +46,13 @@ _UNTIL_THEN = (
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What an agent says of itself: where it takes what others forward, or that it delivers to a `store`."""
+    """What an agent says of itself: where it takes what others forward, and whether also of agents with
+    `--store` (cluster); or that it delivers to a `store` itself."""
 
     address: str = ""
     pin: str = ""
     store: bool = False
+    cluster: bool = False
 
 
 class NodeHubs:
@@ -104,7 +107,10 @@ class NodeHubs:
         if not spans_nodes(ranks, self._environ):
             return ""
         with contextlib.suppress(OSError, ConfigError):
-            if (offer := self.offer(0.0)) is not None and offer.store:
+            offer = self.offer(0.0) or Offer()
+            # Who gave a hub the cluster's token or CA has agents that deliver there without rank 0's word. Of
+            # an agent on another node, which may have the same flags, that says nothing.
+            if offer.store or (offer.cluster and ranks.rank == ranks.local_rank):
                 return ""
         return (
             "the run spans nodes, and not all of its ranks hear of rank 0's hub: start every agent with "
@@ -176,7 +182,7 @@ def _parsed(data: bytes) -> Offer:
     host, colon, port = str(address).rpartition(":")
     # As if it were to be named: what is wrong is told before anybody relies on it.
     Hub(f"any{colon}{port}" if host in _WILDCARDS else str(address), str(pin), "0" * 32)
-    return Offer(str(address), str(pin))
+    return Offer(str(address), str(pin), cluster=said.get("cluster") is True)
 
 
 def _identities(journals: Path) -> Iterator[Mapping[str, Any]]:
