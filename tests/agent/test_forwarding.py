@@ -242,6 +242,48 @@ def test_what_a_hub_has_lost_is_told_in_the_run(leaf: Leaf, hub: HubServer) -> N
     assert [loss.records for batch in hub.sink.accepted for loss in batch.losses] == [1]
 
 
+def test_what_was_told_missing_may_still_come(leaf: Leaf, hub: HubServer) -> None:
+    """As where an agent on another way still holds it."""
+    info = leaf.open()
+    for step in range(3):
+        leaf.log(info, step)
+        wait_until(lambda step=step: hub.steps == [*range(step + 1)])  # type: ignore[misc]
+    passed_on = [part for request in hub.requests for part in request.parts]
+    (pipeline,) = leaf.forwarding.pipelines()
+    hub.stop()
+    leaf.log(info, 3)
+    wait_until(lambda: pipeline.state == "retrying")
+    hub.lose_everything()
+    wait_until(lambda: hub.steps == [3])
+    request = hub_pb2.ForwardRequest(node="rack", parts=passed_on)
+    with grpc.insecure_channel(f"127.0.0.1:{hub.port}") as channel:
+        for _ in range(2):
+            hub_pb2_grpc.HubStub(channel).Forward(request)
+    wait_until(lambda: sorted(hub.steps) == [0, 1, 2, 3])
+
+
+def test_a_hub_is_told_nothing_of_what_it_was_never_to_get(leaf: Leaf, hub: HubServer) -> None:
+    stays, goes = producer(7), leaf.open(1)
+    leaf.spool.open_producer(stays, {}).result()
+    leaf.log(goes, 1)
+    wait_until(lambda: hub.steps == [1])
+    (pipeline,) = leaf.forwarding.pipelines()
+    for step in range(3):
+        leaf.log(stays, step)
+        wait_until(lambda: _behind(leaf.spool, pipeline.sink_name) == 0)
+    hub.stop()
+    leaf.log(goes, 2)
+    wait_until(lambda: pipeline.state == "retrying")
+    hub.start()
+    wait_until(lambda: hub.steps == [1, 2])
+    assert not [event for batch in hub.sink.accepted for event in batch.events]
+
+
+def _behind(spool: Spool, name: str) -> int:
+    sinks = spool.statistics().result()["sinks"]
+    return next(int(sink["batches_behind"]) for sink in sinks if sink["name"] == name)
+
+
 def test_a_hub_that_was_away_and_has_everything_is_told_nothing(leaf: Leaf, hub: HubServer) -> None:
     info = leaf.open()
     (pipeline,) = leaf.forwarding.pipelines()

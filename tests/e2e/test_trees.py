@@ -138,10 +138,13 @@ def test_a_node_may_take_another_way_while_the_old_one_is_behind(
     log(rank, 40)
     wait_until(lambda: waiting(node) == 0 and waiting(rack) > 0)  # which cannot deliver it
     node.stop()
+    rack.kill()  # and is back when the hub has heard of the node by its new way
     node.flags = ("--store", at, "--token-file", token, *QUICK)
     hub.start()
     node.start()
     log(rank, 50)
+    wait_until(lambda: len(steps(hub)) == 60)
+    rack.start()
     end(rank)
     hub.wait_for_status(RUN_ID, "finished")
     wait_until(lambda: len(steps(hub)) >= 100)

@@ -10,6 +10,7 @@ cap, the rejected batch itself.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import random
 import threading
@@ -17,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Protocol, TypeVar
 
 from trackagent.agent import notices
@@ -198,41 +198,37 @@ class Pipeline(threading.Thread):
 
     def _tell_what_is_gone(self, origin: str, last: int) -> None:
         """A sink may have lost what it had accepted: its file is gone, an older copy of it came back, its log
-        was cut off. The runs are told under the ids of what is gone: once, however often this is begun. Who
-        has ended ends there too: where the sink still has the end, or gets it yet, that one counts."""
+        was cut off. The runs are told once, however often this is begun; never under the ids of what is
+        missing: that may be at another agent yet, and come. Who has ended ends there too: where the sink
+        still has the end, or gets it yet, that one counts."""
         aside = self._letters.numbers(origin)
-        cursor, producers = self._spool.delivered_after(self._sink.name, last, aside).result()
+        missing = self._spool.delivered_after(self._sink.name, last, aside).result()
         if self._wanted is not None:
             # Of samples nobody knows since when they were wanted.
-            producers = [
-                (info, has_ended)
-                for info, has_ended in producers
-                if self._wanted(info) and not info.sampled
-            ]
-        if not producers:
+            missing = [one for one in missing if self._wanted(one.info) and not one.info.sampled]
+        if not missing:
             return
+        until = max(one.last for one in missing)
         message = (
             f"sink {self._sink.name} does not have any more what it had accepted (batches {last + 1} to "
-            f"{cursor}): records of this run are missing, some or all of those until now"
+            f"{until}): records of this run are missing, some or all of those until now"
         )
         now = time.time_ns()
-        infos = [info for info, _ in producers]
+        infos = [one.info for one in missing]
         # Samples that are gone are counted; the runs hear of it by what they logged themselves.
-        ids = [info.producer_id for info in infos if not info.sampled]
-        ended = [
-            info.producer_id for info, has_ended in producers if has_ended and not info.sampled
-        ]
-        # Dead letters keep their ids: they may yet be delivered.
-        bounds = [last, *(number for number in aside if last < number <= cursor), cursor + 1]
-        gone = [(at + 1, to - 1) for at, to in pairwise(bounds) if to - at > 1]
-        for first, end in gone:
-            batch = Batch(BatchId(origin, first, end), infos)
-            if (first, end) == gone[-1]:
-                events = [EventData(id_, now, "error", message) for id_ in ids]
-                losses = [Loss(info.producer_id, GONE, 1, more=True) for info in infos]
-                ends = [ProducerEnd(id_, now, "killed", _END_GONE, -1) for id_ in ended]
-                batch = replace(batch, events=events, losses=losses, ends=ends)
-            self._sink.deliver(batch)
+        told = [one for one in missing if not one.info.sampled]
+        notice = Batch(
+            BatchId(_origin_of_notice(origin, last, until), 1, 1),
+            infos,
+            events=[EventData(one.info.producer_id, now, "error", message) for one in told],
+            losses=[Loss(info.producer_id, GONE, 1, more=True) for info in infos],
+            ends=[
+                ProducerEnd(one.info.producer_id, now, "killed", _END_GONE, -1)
+                for one in told
+                if one.has_ended
+            ],
+        )
+        self._sink.deliver(notice)
         logger.error("%s; %d producers are concerned", message, len(infos))
 
     def _patience_s(self) -> float:
@@ -420,3 +416,9 @@ class Pipeline(threading.Thread):
         else:
             left = self._deadline - time.monotonic()
             time.sleep(max(0.0, min(seconds, left, MAX_BACKOFF_STOPPING_S)))
+
+
+def _origin_of_notice(origin: str, last: int, until: int) -> str:
+    """The same for the same loss: 32 hexadecimal digits that are no spool's name."""
+    named = f"trackagent gone {origin} {last} {until}".encode()
+    return hashlib.blake2b(named, digest_size=16).hexdigest()

@@ -96,6 +96,15 @@ class Delivery:
     batches: Sequence[SpooledBatch]
 
 
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """Who has logged, the last of its batches that a sink counts as having, and whether it has ended."""
+
+    info: ProducerInfo
+    last: int
+    has_ended: bool
+
+
 class Spool:
     """The spool in the database file `path`, which is made if it is missing. SpoolError when it
     cannot be opened. A damaged file is set aside under `quarantine/` beside it, and a new one begun with
@@ -399,18 +408,22 @@ class Spool:
 
     def delivered_after(
         self, sink: str, number: int, aside: Sequence[int]
-    ) -> Future[tuple[int, list[tuple[ProducerInfo, bool]]]]:
-        """The last batch that counts as delivered to a sink, and who has logged batches after `number` up to
-        that one, as far as is known, and whether it has ended: of each lane, the last batch is, and it may be
-        one of `aside`."""
+    ) -> Future[list[Delivered]]:
+        """Of whom the last batch that counts as delivered to a sink comes after `number`, and is none of
+        `aside`."""
 
-        def job() -> tuple[int, list[tuple[ProducerInfo, bool]]]:
+        def job() -> list[Delivered]:
             tables = self._tables
             cursor = self._sink(sink).cursor
             after = max(number, tables.renamed())
-            found = tables.last_delivered(after, cursor) if cursor > after else []
-            producers = dict.fromkeys(producer for producer, last in found if last not in aside)
-            return cursor, [(self._info(one), tables.has_ended(one)) for one in producers]
+            found: dict[int, int] = {}
+            for producer, last in tables.last_delivered(after, cursor) if cursor > after else ():
+                if last not in aside:
+                    found[producer] = max(last, found.get(producer, 0))
+            return [
+                Delivered(self._info(producer), last, tables.has_ended(producer))
+                for producer, last in found.items()
+            ]
 
         return self._commits.submit(job)
 

@@ -317,12 +317,12 @@ class Tables:
         _remember(self._lanes, (producer, lane), (committed, last))
 
     def last_delivered(self, after: int, cursor: int) -> list[tuple[int, int]]:
-        """Producer and last batch of the lanes whose last batch comes after a number, without those of which
-        all that ever came waits behind the cursor."""
-        return self._connection.execute(
-            "SELECT producer, last FROM lanes AS l WHERE last > ? AND committed > (SELECT "
-            "COALESCE(SUM(size), 0) FROM batches AS b WHERE b.producer = l.producer AND b.lane = l.lane "
-            "AND b.number > ?) ORDER BY producer",
+        """Producer and last batch up to the cursor of each lane, where that one comes after a number."""
+        return self._execute(
+            "SELECT producer, delivered FROM (SELECT producer, CASE WHEN last <= ?2 THEN last ELSE"
+            " (SELECT previous FROM batches AS b WHERE b.producer = l.producer AND b.lane = l.lane"
+            " AND b.number > ?2 ORDER BY b.number LIMIT 1) END AS delivered FROM lanes AS l"
+            " WHERE last > ?1) WHERE delivered > ?1 ORDER BY producer",
             (after, cursor),
         ).fetchall()
 
