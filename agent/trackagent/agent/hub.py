@@ -1,7 +1,7 @@
 """The Hub service: takes what other nodes forward, for those who may deliver it, and hands it to the spool.
 
-Whoever calls is believed nothing. Their bytes are read only while there is room for a whole message, so many
-at once of all and of each host, within a deadline. Who may deliver is asked before anything is unpacked; then
+Whoever calls is believed nothing. Their bytes are read, within a deadline, once there is room for a whole
+message, which counts until the call is answered. Who may deliver is asked before anything is unpacked; then
 each part is decoded, large ones on a thread, to see that a store could take it and that all its runs are
 granted. What goes on to the spool is the part as it came.
 """
@@ -9,12 +9,12 @@ granted. What goes on to the spool is the part as it came.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import re
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,7 @@ from trackagent.agent.interceptors import WHAT_IS_WRONG
 from trackagent.agent.listener import Peer
 from trackagent.agent.meeting import BadMeeting, NoHub, NoRoom, Table
 from trackagent.agent.refusals import Refusals
+from trackagent.agent.shares import Share
 from trackagent.agent.spool import Overlaps, SpoolError, SpoolFull
 from trackagent.agent.store.contract import Batch, BatchId, StoreError, node_run_id
 from trackagent.agent.tokens import TokenTable
@@ -44,15 +45,15 @@ SERVICE = "trackagent.v1.Hub"
 MAX_PARTS, MAX_GRANTS = 64, 1024
 MAX_MESSAGE_BYTES = 17 * 1024 * 1024
 MAX_SEQUENCE = 1 << 62
-# Messages that are read at the same time; calls of one host that are under way, and that wait for their turn.
-MAX_READING, MAX_CALLS_OF_A_HOST, MAX_WAITING_OF_A_HOST = 32, 8, 128
+# Calls of one host that are under way, and that wait for their turn.
+MAX_CALLS_OF_A_HOST, MAX_WAITING_OF_A_HOST = 8, 128
 READ_TIMEOUT_S, TURN_TIMEOUT_S = 30.0, 30.0
 # Hosts that the log names when they first deliver.
 MAX_TOLD = 10_000
 # Unpacked, of a call: so much is checked in the loop, in less time than it takes to have a thread do it.
 MAX_BYTES_HERE = 64 * 1024
-# What is read and awaits its commit.
-MAX_HELD_BYTES = 128 * 1024 * 1024
+# What calls hold of their messages until they are answered; one that is being read may become a whole one.
+MAX_HELD_BYTES = 16 * MAX_MESSAGE_BYTES
 _ORIGIN = re.compile(r"[0-9a-f]{32}")
 _BEARER = "Bearer "
 _Code = grpc.StatusCode
@@ -100,15 +101,17 @@ class Hub:
         welcome: Callable[[str], None],
         cluster_token: str,
         version: str,
+        held_bytes: int = MAX_HELD_BYTES,
         read_timeout_s: float = READ_TIMEOUT_S,
+        turn_timeout_s: float = TURN_TIMEOUT_S,
     ) -> None:
         self._spool, self._tokens, self._table = spool, tokens, table
         self._refusals, self._peer, self._welcome = refusals, peer, welcome
         self._cluster_token = cluster_token.encode()
-        self._version, self._read_timeout_s = version, read_timeout_s
-        self._turns: dict[str, _Turns] = {}
-        self._reading = asyncio.Semaphore(MAX_READING)
-        self._held = _Held(MAX_HELD_BYTES)
+        self._version = version
+        self._read_timeout_s, self._turn_timeout_s = read_timeout_s, turn_timeout_s
+        self._hosts: dict[str, _Host] = {}
+        self._room = Share(held_bytes)
         self._threads = ThreadPoolExecutor(2, "hub")
         self._told: set[str] = set()
 
@@ -135,9 +138,7 @@ class Hub:
                 await context.abort(_Code.UNAVAILABLE, "the connection has ended")
                 raise AssertionError("abort returned")
             try:
-                async with self._admitted(peer), self._read(context) as data:
-                    response = await answer(_parsed(kind, data), peer, context)
-                    return bytes(response.SerializeToString())
+                return await self._answered(kind, answer, peer, context)
             except _Refused as refused:
                 if refused.shown:
                     self._refusals.tell(peer.host, refused.message)
@@ -146,53 +147,77 @@ class Hub:
 
         return grpc.stream_unary_rpc_method_handler(serve)
 
-    @contextlib.asynccontextmanager
-    async def _admitted(self, peer: Peer) -> AsyncIterator[None]:
-        """Waits for one of the host's turns."""
-        turns = self._turns.setdefault(peer.host, _Turns())
-        if turns.calls >= MAX_CALLS_OF_A_HOST + MAX_WAITING_OF_A_HOST:
+    async def _answered(
+        self, kind: Any, answer: Callable[..., Any], peer: Peer, context: Context
+    ) -> bytes:
+        """Serves a call in one of its host's turns. Its message is held until it is answered."""
+        host = self._hosts.get(peer.host)
+        if host is None:
+            host = self._hosts[peer.host] = _Host()
+        if host.calls >= MAX_CALLS_OF_A_HOST + MAX_WAITING_OF_A_HOST:
             raise _Refused(
                 _Code.RESOURCE_EXHAUSTED,
-                f"{turns.calls} calls of this host are under way: come back",
+                f"{host.calls} calls of this host are under way: come back",
             )
-        turns.calls += 1
+        host.calls += 1
         try:
-            await self._turn(turns.free)
+            await self._turn(host.turns, 1)
             try:
-                yield
+                data = await self._read(context)
+                size = len(data)
+                try:
+                    answering = answer(_parsed(kind, data), peer, context)
+                    del data  # the request has it, and this would be a second one
+                    response = await answering
+                    return bytes(response.SerializeToString())
+                finally:
+                    self._room.give(size)
             finally:
-                turns.free.release()
+                host.turns.give(1)
         finally:
-            turns.calls -= 1
-            if not turns.calls:
-                del self._turns[peer.host]
+            host.calls -= 1
+            if not host.calls:
+                del self._hosts[peer.host]
 
-    async def _turn(self, free: asyncio.Semaphore) -> None:
-        if not free.locked():
-            await free.acquire()  # at once, without the task that a time limit costs
-            return
+    async def _turn(self, share: Share, size: int) -> None:
         try:
-            await asyncio.wait_for(free.acquire(), TURN_TIMEOUT_S)
+            await share.take(size, self._turn_timeout_s)
         except asyncio.TimeoutError:
             raise _Refused(_Code.RESOURCE_EXHAUSTED, "the hub is busy: come back", False) from None
 
-    @contextlib.asynccontextmanager
-    async def _read(self, context: Context) -> AsyncIterator[bytes]:
-        """A call's message, which is held until the call is answered."""
-        await self._turn(self._reading)
+    async def _read(self, context: Context) -> bytes:
+        """A call's message, for which room is taken."""
+        # gRPC reads a message whole, and says its size then.
+        await self._turn(self._room, MAX_MESSAGE_BYTES)
+        size = 0
         try:
-            data = await asyncio.wait_for(context.read(), self._read_timeout_s)
-        except asyncio.TimeoutError:
+            data = await self._within_time(context)
+            if not isinstance(data, bytes):
+                raise _Refused(_Code.INVALID_ARGUMENT, WHAT_IS_WRONG)
+            size = len(data)
+            return data
+        finally:
+            self._room.give(MAX_MESSAGE_BYTES - size)
+
+    async def _within_time(self, context: Context) -> Any:
+        """asyncio.wait_for would begin a task for each call."""
+        task = asyncio.current_task()
+        assert task is not None
+        late: list[bool] = []
+        timer = asyncio.get_running_loop().call_later(self._read_timeout_s, _cut_off, task, late)
+        try:
+            return await context.read()
+        except asyncio.CancelledError:
+            if not late:
+                raise
+            if sys.version_info >= (3, 11):
+                task.uncancel()
             raise _Refused(
                 _Code.DEADLINE_EXCEEDED,
                 f"the message did not arrive within {self._read_timeout_s:g} s",
             ) from None
         finally:
-            self._reading.release()
-        if not isinstance(data, bytes):
-            raise _Refused(_Code.INVALID_ARGUMENT, WHAT_IS_WRONG)
-        async with self._held.room(len(data)):
-            yield data
+            timer.cancel()
 
     # --- Forward
 
@@ -219,6 +244,8 @@ class Hub:
             self._told.add(peer.host)
             logger.info("node %s (%s) delivers here", request.node, peer.host)
         commits = [self._spool.accept(part.id, part.serialized, request.node) for part in parts]
+        # They stand in the request as well, and a commit may take its time.
+        del request, parts
         for commit in commits:
             await _committed(commit)
         return hub_pb2.ForwardResponse(agent_version=self._version)
@@ -379,31 +406,16 @@ async def _committed(job: Future[Any]) -> Any:
         raise _Refused(_Code.UNAVAILABLE, message, False) from None
 
 
-class _Turns:
-    """The calls of a host, and how many more may be under way."""
+def _cut_off(task: asyncio.Task[Any], late: list[bool]) -> None:
+    late.append(True)
+    task.cancel()
+
+
+class _Host:
+    """The calls of a host, and its turns."""
+
+    __slots__ = ("calls", "turns")
 
     def __init__(self) -> None:
         self.calls = 0
-        self.free = asyncio.Semaphore(MAX_CALLS_OF_A_HOST)
-
-
-class _Held:
-    """The bytes that calls hold, of all together: more wait for room. Larger ones than all fit alone."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._bytes = most, 0
-        self._changed = asyncio.Condition()
-
-    @contextlib.asynccontextmanager
-    async def room(self, size: int) -> AsyncIterator[None]:
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: not self._bytes or self._bytes + size <= self._most
-            )
-            self._bytes += size
-        try:
-            yield
-        finally:
-            self._bytes -= size
-            async with self._changed:
-                self._changed.notify_all()
+        self.turns = Share(MAX_CALLS_OF_A_HOST)

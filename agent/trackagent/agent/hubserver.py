@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 FILE_VERSION = 1
 # Connections on which nobody calls are closed after it; who has something to say connects anew.
 _IDLE_S = 600
-_LOOK_S = 0.1
+_UNREAD_BYTES = 64 * 1024
 # Beside those of the listener: a peer may ask whether a connection still stands.
 _PING_S = tls.KEEPALIVE_S // 2
 
@@ -168,6 +168,10 @@ async def _served(hub: Hub, path: Path) -> grpc.aio.Server:
         options=[
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_concurrent_streams", MAX_CALLS),
+            # Of a call that is not read yet gRPC takes no more than this; left alone, it would estimate how
+            # much a fast network carries, which may be a whole message.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", _UNREAD_BYTES),
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.max_connection_idle_ms", _IDLE_S * 1000),

@@ -1,0 +1,141 @@
+"""A hub under more than it can hold: what it has not read stays with whoever sends it, and others go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.agent.hubs import (
+    RUN_TOKEN,
+    RunningHub,
+    Start,
+    batch,
+    grant,
+    part,
+    refused,
+    request,
+)
+from tests.agent.samples import producer
+from tests.fakes import DEADLINE_S, Folders, wait_until
+from trackagent.agent import hubserver, listener, tls
+from trackagent.agent.hub import MAX_MESSAGE_BYTES, Hub
+from trackagent.agent.relay import Bucket
+from trackagent.agent.store.contract import BatchId
+from trackagent.protos.v1 import hub_pb2
+
+FORWARD = "/trackagent.v1.Hub/Forward"
+Code = grpc.StatusCode
+LARGE_BYTES = 4 * 1024 * 1024
+
+
+@pytest.fixture
+def start_hub(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """start_hub(limits, **settings): a hub in this test's folders; limits: of its service."""
+    made: list[RunningHub] = []
+
+    def started(limits: dict[str, Any], **settings: object) -> RunningHub:
+        def limited(*arguments: Any, **options: Any) -> Hub:
+            return Hub(*arguments, **{**options, **limits})
+
+        monkeypatch.setattr(hubserver, "Hub", limited)
+        made.append(RunningHub(folders.directory.parent, **settings))
+        made[-1].server.tokens.note(producer().run_id, RUN_TOKEN)
+        return made[-1]
+
+    yield started
+    for hub in made:
+        hub.close()
+
+
+class Slow:
+    """A commit for which whoever delivers waits."""
+
+    def __init__(self, hub: RunningHub) -> None:
+        self.commits: list[Future[None]] = []
+        self._spool = hub.spool
+        self._accept = hub.spool.accept
+        hub.spool.accept = self._begun  # type: ignore[method-assign]
+
+    def _begun(self, id_: BatchId, data: bytes, node: str) -> Future[None]:
+        self._accept(id_, data, node)
+        self.commits.append(Future())
+        return self.commits[-1]
+
+    def end(self) -> None:
+        self._spool.accept = self._accept  # type: ignore[method-assign]
+        for commit in self.commits:
+            commit.set_result(None)
+
+
+class Counted(Bucket):
+    """What a hub reads of others."""
+
+    taken = 0
+
+    def take(self, size: int) -> float:
+        Counted.taken += size
+        return super().take(size)
+
+
+@contextlib.contextmanager
+def raw(hub: RunningHub) -> Iterator[grpc.Channel]:
+    channel = tls.channel(hub.address, pin=hub.server.pin)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def large(first: int) -> hub_pb2.ForwardRequest:
+    """A request that can be delivered, of LARGE_BYTES and a little."""
+    said = batch(producer(), message=os.urandom(LARGE_BYTES).hex())
+    return request(part(said, first=first, last=first), grants=[grant()])
+
+
+def test_what_a_hub_has_no_room_for_stays_where_it_is(
+    start_hub: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "Bucket", Counted)
+    hub = start_hub({"held_bytes": MAX_MESSAGE_BYTES + LARGE_BYTES // 2, "turn_timeout_s": 0.2})
+    slow = Slow(hub)
+    with hub.connected() as stub:
+        held = stub.Forward.future(large(1), timeout=DEADLINE_S)
+        wait_until(lambda: slow.commits, "the first")
+        assert Counted.taken > LARGE_BYTES
+        Counted.taken = 0
+        assert refused(stub.Forward, large(2)) == (
+            Code.RESOURCE_EXHAUSTED,
+            "the hub is busy: come back",
+        )
+        assert Counted.taken < LARGE_BYTES // 2
+        slow.end()
+        held.result(DEADLINE_S)
+        stub.Forward(large(2), timeout=DEADLINE_S)
+    assert len(hub.spool.parts) == 2
+
+
+def test_a_message_has_so_long_to_come(start_hub: Start) -> None:
+    hub = start_hub({"read_timeout_s": 0.1, "held_bytes": MAX_MESSAGE_BYTES})
+    ends = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        ends.wait(DEADLINE_S)
+        yield from ()
+
+    with raw(hub) as channel:
+        assert refused(channel.stream_unary(FORWARD), never()) == (
+            Code.DEADLINE_EXCEEDED,
+            "the message did not arrive within 0.1 s",
+        )
+        ends.set()
+    # And what was taken for it is free.
+    with hub.connected() as stub:
+        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+    assert len(hub.spool.parts) == 1
