@@ -160,6 +160,14 @@ def test_strangers_are_refused_before_anything_is_unpacked(hub: RunningHub) -> N
     assert code == Code.UNAUTHENTICATED
 
 
+@pytest.mark.parametrize("method", ["grpc.health.v1.Health/Check", "trackagent.v1.Agent/Status"])
+def test_nothing_else_is_answered_there(hub: RunningHub, method: str) -> None:
+    channel = tls.channel(hub.address, pin=hub.server.pin)
+    code, _ = refused(channel.unary_unary(f"/{method}"), b"")
+    assert code == Code.UNIMPLEMENTED
+    channel.close()
+
+
 def test_the_clusters_token_is_for_all_runs(start_hub: Start, tmp_path: Path) -> None:
     hub = start_hub(token_file=token_file(tmp_path))
     with hub.connected() as stub:

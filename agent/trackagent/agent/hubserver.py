@@ -14,14 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from trackagent.agent import hubkey, tls
 from trackagent.agent.addresses import hub_address, is_wildcard, joined
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.errors import AgentError
-from trackagent.agent.hub import MAX_MESSAGE_BYTES, SERVICE, Hub, Receiving
+from trackagent.agent.hub import MAX_MESSAGE_BYTES, Hub, Receiving
 from trackagent.agent.interceptors import Discreet
 from trackagent.agent.listener import Listener, open_port
 from trackagent.agent.meeting import Elsewhere, Meetings, Table
@@ -178,14 +176,11 @@ async def _served(hub: Hub, path: Path) -> grpc.aio.Server:
             ("grpc.http2.min_ping_interval_without_data_ms", _PING_S * 1000),
         ],
     )
+    # Nothing else: what a service of gRPC's own is sent would be read whole, whoever sends it.
     server.add_generic_rpc_handlers((hub.handler(),))
-    health = health_aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     try:
         server.add_insecure_port(f"unix:{path}")
     except RuntimeError as error:
         raise OSError(f"cannot listen at unix:{path}: {error}") from error
     await server.start()
-    for service in ("", SERVICE):
-        await health.set(service, health_pb2.HealthCheckResponse.SERVING)
     return server
