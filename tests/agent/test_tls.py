@@ -161,7 +161,9 @@ def test_a_certificate_of_another_host_is_refused(ca: Authority) -> None:
 def test_a_certificate_by_the_ca_that_has_expired_is_refused(ca: Authority) -> None:
     key = of(ca.issue("hub", "127.0.0.1", end=now() - DAY / 2))
     with answering(Offering(key)) as address:
-        assert "certificate has expired" in why_not(address, files=Files(ca.path))
+        assert why_not(address, files=Files(ca.path)) == (
+            f"the certificate of the hub at {address} has expired: renew it there, and restart its agent"
+        )
         assert "expired on" in why_not(address, pin=key.pin, files=Files(ca.path))
 
 

@@ -36,6 +36,7 @@ PROTOCOL = "h2"
 # RFC 9113: the client's preface, and an empty SETTINGS frame, which is the first word of both sides.
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 _FRAME_BYTES, _SETTINGS = 9, 4
+_EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 
 
 class PeerError(AgentError):
@@ -322,6 +323,11 @@ class _Talk:
         if isinstance(error, ssl.SSLEOFError):
             return Unreachable(f"the hub at {self._address} closed the connection")
         if isinstance(error, ssl.SSLCertVerificationError):
+            if error.verify_code == _EXPIRED:
+                return Untrusted(
+                    f"the certificate of the hub at {self._address} has expired: renew it there, and restart "
+                    "its agent"
+                )
             what = error.verify_message or "it cannot be verified"
             return Untrusted(
                 f"the certificate at {self._address} is not the hub's: {what}; check the CA in --tls-ca, and "
