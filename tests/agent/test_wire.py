@@ -128,6 +128,7 @@ BAD: list[tuple[str, Callable[[hub_pb2.Content], object]]] = [
         "nested too deep",
         lambda content: setattr(content.events[0], "data", '{"a":' * 70 + "1" + "}" * 70),
     ),
+    ("nested too deep", lambda content: setattr(content.events[0], "data", "[" * 100_000)),
     ("the status", lambda content: setattr(content.ends[0], "status", "asleep")),
     ("records", lambda content: setattr(content.ends[0], "logged", -2)),
     ("records", lambda content: setattr(content.losses[0], "records", 1 << 50)),

@@ -225,7 +225,10 @@ def _settings(ids: Sequence[bytes], settings: Any) -> list[Setting]:
 def _event(ids: Sequence[bytes], event: hub_pb2.Event) -> EventData:
     if event.level not in LEVELS:
         raise ValueError(f"the level {event.level!r:.80}")
-    data = json.loads(event.data) if event.data else {}
+    try:
+        data = json.loads(event.data) if event.data else {}
+    except RecursionError:
+        raise ValueError("the data of an event is nested too deep to be read") from None
     if not isinstance(data, dict) or nested(data, MAX_NESTED):
         raise ValueError("the data of an event is no table, or nested too deep")
     step = event.step if event.HasField("step") else None
