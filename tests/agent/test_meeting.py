@@ -135,6 +135,24 @@ def test_bytes_have_an_end_and_are_given_back(
         table.ask(SET, b"v" * 4096, job="next", key=key)
 
 
+def test_what_is_there_grows_within_the_bytes_too(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "MAX_BYTES", 3 * 4096)
+    for key in "123":
+        table.ask(SET, b"v" * 1000, key=key)
+    for key in "12":
+        table.ask(SET, b"v" * 4096, key=key)
+    with pytest.raises(NoRoom, match="bytes already"):
+        table.ask(SET, b"v" * 4096, key="3")
+    with pytest.raises(NoRoom, match="bytes already"):
+        table.ask(COMPARE_SET, b"w" * 4096, key="3", expected=b"v" * 1000)
+    assert table.ask(GET, key="3") == (True, b"v" * 1000)
+    assert table.ask(SET, b"w" * 1000, key="3") == (True, b"w" * 1000)
+    table.ask(SET, b"", key="1")
+    table.ask(SET, b"v" * 4096, key="3")
+
+
 def test_a_job_is_forgotten_a_day_after_its_last_use(table: Table) -> None:
     table.ask(SET, b"1", job="used")
     table.ask(SET, b"1", job="unused")

@@ -104,18 +104,18 @@ class Meetings:
             case other:
                 raise BadMeeting(f"there is no operation {other}")
         size = len(new) - len(there) if there is not None else _size(request.key, new)
-        if there is None:
-            self._check_room(job, size)
+        self._check_room(job, there is None, size)
         self._bytes += size
         job.values[request.key] = new
         return new
 
-    def _check_room(self, job: _Job, size: int) -> None:
-        if not job.values and len(self._jobs) >= MAX_JOBS:
+    def _check_room(self, job: _Job, is_new: bool, size: int) -> None:
+        """NoRoom where the job may not have a key that is new, or so many bytes more."""
+        if is_new and not job.values and len(self._jobs) >= MAX_JOBS:
             raise NoRoom(f"{MAX_JOBS} jobs meet here already: give this one's ranks their run's id")
-        if len(job.values) >= MAX_KEYS:
+        if is_new and len(job.values) >= MAX_KEYS:
             raise NoRoom(f"this job has {MAX_KEYS} keys already")
-        if self._bytes + size > MAX_BYTES:
+        if size > 0 and self._bytes + size > MAX_BYTES:
             raise NoRoom(f"the jobs that meet here have {MAX_BYTES} bytes already")
 
     def _forget(self, now: float) -> None:
