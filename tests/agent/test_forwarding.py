@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +350,72 @@ def test_a_hub_that_nobody_delivers_to_any_more_is_let_go(
     wait_until(lambda: leaf.spool.sinks().result() == ["store"])
     leaf.log(leaf.open(3), 5)
     wait_until(lambda: hub.steps == [1, 5])
+    leaf.close()
+
+
+def test_samples_hold_no_hub_that_has_ended(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    leaf = Leaf(open_spool(), tmp_path, hub, idle_s=0.05)
+    leaf.forwarding.start()
+    info = leaf.open()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    hub.stop()
+    for sampled in (
+        producer(8, sampled="rank 0", hub=info.hub),
+        producer(9, run_id=node_run_id("host-a"), sampled="node host-a"),
+    ):
+        leaf.spool.open_producer(sampled, {}).result()
+        leaf.log(sampled, 1_700_000_000)
+    leaf.spool.end_producer(info.producer_id).result()
+    wait_until(lambda: leaf.spool.sinks().result() == ["store"])
+    leaf.close()
+
+
+def test_what_a_run_logged_waits_for_a_hub_that_is_away(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    looked = threading.Event()
+
+    class Watched(Spool):
+        def awaited(self, sink: str) -> Future[list[ProducerInfo]]:
+            found = super().awaited(sink)
+            found.add_done_callback(lambda _: looked.set())
+            return found
+
+    spool = Watched(tmp_path / "spool.db", max_bytes=1 << 30, linger_s=0.0)
+    leaf = Leaf(spool, tmp_path, hub, idle_s=0.05)
+    leaf.forwarding.start()
+    hub.stop()
+    info = leaf.open()
+    leaf.log(info, 1)
+    leaf.spool.end_producer(info.producer_id).result()
+    for _ in range(2):
+        looked.clear()
+        assert looked.wait(DEADLINE_S)
+    hub.start()
+    wait_until(lambda: hub.steps == [1])
+    leaf.close()
+    spool.close()
+
+
+def test_a_hub_gets_no_samples_once_its_runs_have_ended(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    now = [0.0]
+    leaf = Leaf(open_spool(), tmp_path, hub, clock=lambda: now[0])
+    leaf.forwarding.start()
+    info = leaf.open()
+    node = producer(9, run_id=node_run_id("host-a"), sampled="node host-a")
+    leaf.spool.open_producer(node, {}).result()
+    leaf.log(node, 1)
+    wait_until(lambda: hub.steps == [1])
+    leaf.spool.end_producer(info.producer_id).result()
+    now[0] = 3600.0
+    leaf.log(node, 2)
+    leaf.log(info, 3)
+    wait_until(lambda: hub.steps == [1, 3])
     leaf.close()
 
 

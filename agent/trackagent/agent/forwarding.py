@@ -51,8 +51,8 @@ class Forwarding:
 
     pin: this agent's own, where others can reach it; guests: notes the tokens of runs whose hub it is.
     elsewhere: all goes to one hub, whatever rank 0 names. connect: a channel to the hub with a
-    pin at an address. reducer, dead_letters, interval_s: as for each Pipeline. Any thread may
-    call."""
+    pin at an address. reducer, dead_letters, interval_s: as for each Pipeline. clock: as time.monotonic. Any
+    thread may call."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Forwarding:
         elsewhere: bool = False,
         reducer: Reducer | None = None,
         idle_s: float = IDLE_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spool = spool
         self._routes = routes
@@ -80,6 +81,7 @@ class Forwarding:
         self._elsewhere = elsewhere
         self._reducer = reducer
         self._idle_s = idle_s
+        self._clock = clock
         self._lock = threading.Lock()
         self._pipelines: dict[str, Pipeline] = {}
         self._used: dict[str, float] = {}
@@ -119,7 +121,7 @@ class Forwarding:
             return ""
         self._routes.note(run_id, hub)
         with self._lock:
-            self._used[hub.pin] = time.monotonic()
+            self._used[hub.pin] = self._clock()
             if hub.pin not in self._pipelines:
                 self._begin_hub(hub.pin)
         return hub.pin
@@ -154,15 +156,18 @@ class Forwarding:
             from_now=True,
             max_backoff_s=HUB_BACKOFF_S,
         )
+        self._used.setdefault(pin, self._clock())
         pipeline.start()
         self._pipelines[pin] = pipeline
-        self._used.setdefault(pin, time.monotonic())
 
     def _goes_to(self, pin: str, info: ProducerInfo) -> bool:
-        """What is sampled of the node goes to every hub that has runs here."""
+        """What is sampled of the node goes to every hub that has runs here, or had a moment ago."""
         if info.sampled and info.run_id == node_run_id(self._node) == node_run_id(info.node):
-            return True
+            return not self._is_idle(pin)
         return info.hub == pin
+
+    def _is_idle(self, pin: str) -> bool:
+        return self._clock() - self._used[pin] > self._idle_s
 
     def _reach(self, pin: str) -> tuple[str, grpc.Channel]:
         address = self._routes.address(pin)
@@ -187,21 +192,21 @@ class Forwarding:
                 logger.warning("cannot look which hubs are needed: %s; trying again", error)
 
     def _sweep(self) -> None:
-        """Ends the sinks of hubs that nobody here delivers to any more, and that have everything."""
-        here = {info.hub for info in self._spool.not_ended().result()}
-        behind = {
-            sink["name"]: sink["batches_behind"]
-            for sink in self._spool.statistics().result()["sinks"]
-        }
+        """Ends the sinks of hubs that nobody here delivers to any more, and that have everything but samples:
+        a hub that ends with its job does not wait for those, and may never come back for them."""
+        here = {info.hub for info in self._spool.not_ended().result() if not info.sampled}
         with self._lock:
             for pin, pipeline in list(self._pipelines.items()):
                 if pin in here:
-                    self._used[pin] = time.monotonic()
-                has_all = not behind.get(pipeline.sink_name) and not pipeline.dead_letters()[0]
-                if has_all and time.monotonic() - self._used[pin] > self._idle_s:
+                    self._used[pin] = self._clock()
+                if self._is_idle(pin) and not pipeline.dead_letters()[0] and self._has_all(pin):
                     pipeline.stop(0.0)
                     del self._pipelines[pin], self._used[pin]
                     self._spool.remove_sink(pipeline.sink_name).result()
+
+    def _has_all(self, pin: str) -> bool:
+        awaited = self._spool.awaited(_sink_name(pin)).result()
+        return not any(info.hub == pin and not info.sampled for info in awaited)
 
 
 def upstream_sink(config: AgentConfig, node: str) -> ForwardSink:

@@ -371,6 +371,15 @@ class Spool:
 
         return self._commits.submit(job)
 
+    def awaited(self, sink: str) -> Future[list[ProducerInfo]]:
+        """Whose batches a sink has yet to get, or to pass over. Fails with UnknownSink."""
+
+        def job() -> list[ProducerInfo]:
+            found = self._tables.logged_after(self._sink(sink).cursor)
+            return [self._info(number) for number in found]
+
+        return self._commits.submit(job)
+
     def sinks(self) -> Future[list[str]]:
         """The names of those that are known."""
         return self._commits.submit(lambda: list(self._tables.sinks()))

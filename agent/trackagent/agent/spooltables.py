@@ -326,6 +326,13 @@ class Tables:
             (after, cursor),
         ).fetchall()
 
+    def logged_after(self, number: int) -> list[int]:
+        """The producers of batches after a number."""
+        rows = self._execute(
+            "SELECT DISTINCT producer FROM lanes WHERE last > ? ORDER BY producer", (number,)
+        )
+        return [row[0] for row in rows]
+
     def keys(self, producer: int, schema_id: int) -> str | None:
         row = self._execute(
             "SELECT keys FROM schemas WHERE producer = ? AND schema_id = ?", (producer, schema_id)
