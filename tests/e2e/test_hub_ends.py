@@ -141,6 +141,20 @@ def test_a_hub_under_its_own_ranks_does_not_wait(
         process.communicate()
 
 
+def test_a_hub_without_ranks_of_its_own_waits_for_nobody(
+    cluster: Callable[..., tuple[AgentProcess, AgentProcess]],
+) -> None:
+    hub, other = cluster("--linger", "3600")
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "TRACKAGENT_RUN_ID": "5" * 32}
+    process = start_script(other.folders, TRAIN, **environment)
+    assert next_line(process) == "logged"
+    wait_until(hub.runs)
+    hub.stop()
+    assert not is_lingering(hub)
+    process.kill()
+    process.communicate()
+
+
 def test_an_agent_that_cannot_go_on_once_it_listens_ends(tmp_path: Path) -> None:
     folders = Folders.under(short_folder())
     (folders.directory / "hub.json").mkdir(mode=0o700, parents=True)
