@@ -2,14 +2,15 @@
 
 One process speaks for all nodes. It sends what their agents would, over a connection for each, with the
 agents' own sink and from an address of its own, since a hub gives each host a share of itself; only what is
-sent is made beforehand, since here it would take a core that the nodes have. A node whose last call took
-longer than a second sends all that has come meanwhile, as agents do. All of it happens in a network
+sent is made beforehand, since here it would take a core that the nodes have. Each gathers for a second, or
+for as long as the hub wants it to, and sends all that has come meanwhile. All of it happens in a network
 namespace, which needs root.
 """
 
 from __future__ import annotations
 
 import ctypes
+import heapq
 import json
 import os
 import secrets
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,9 @@ STEPS, QUICK_STEPS = 30, 10
 # Of the first steps nothing is said: connections are made then.
 WARM_UP_STEPS = 20
 THREADS = 64
+# How long a record is on its way from a rank into its agent's spool: a sender's interval, and a commit.
+LOCAL_S = 0.2
+FORWARD_INTERVAL_S = 1.0  # as agents are set up
 LOOK_S = 0.25
 _CLONE_NEWNET = 0x40000000  # sched.h
 BUDGET_S, BUDGET_MIB = 3.0, 1024.0
@@ -88,10 +92,11 @@ def _measure(ranks: int, steps: int) -> Iterator[Figure]:
         worker = start_worker("scale", here, [here.token_path, ranks, steps, run_id])
         assert worker.stdout
         first_s = float(worker.stdout.readline())
-        before = here.agent.cpu_times()
+        before, wire_before = here.agent.cpu_times(), _bytes_sent()
         delays, largest = _watch(here, run_id, ranks, steps, first_s)
         taken, after = time.time() - first_s, here.agent.cpu_times()
         sent = outcome(worker)
+        on_the_wire = _bytes_sent() - wire_before
     promised = ranks == PROMISED
     cpu_s = after.user + after.system - before.user - before.system
     counted = np.array(delays[WARM_UP_STEPS:])
@@ -114,11 +119,16 @@ def _measure(ranks: int, steps: int) -> Iterator[Figure]:
     points = ranks * METRICS * steps
     yield Figure(
         name=f"{told}on the wire",
-        value=sent["bytes"] / points,
+        value=on_the_wire / points,
         unit="bytes a point",
         note=f"{sent['calls']:.0f} calls, {sent['call_ms']:.0f} ms each in the median, "
         f"{sent['worst_ms']:.0f} ms at worst",
     )
+
+
+def _bytes_sent() -> int:
+    """Of all in this network: of the nodes and the hub, with the headers of TLS, TCP and IP."""
+    return int(psutil.net_io_counters().bytes_sent)
 
 
 def _watch(
@@ -222,8 +232,6 @@ class Fleet:
 
 def _worker(token: Path, port: int, ranks: int, steps: int, run_id: str) -> dict[str, float]:
     """Sends each step in its second; prints when the first one is, seconds since 1970."""
-    from trackagent.agent.wire import encode
-
     fleet = Fleet(token, port, ranks, run_id)
     began, trial = time.perf_counter(), 50
     for _ in fleet.batches(0, trial, time.time()):
@@ -234,24 +242,23 @@ def _worker(token: Path, port: int, ranks: int, steps: int, run_id: str) -> dict
     first_s = max(first_s, time.time() + 1)
     print(first_s, flush=True)
     taken: list[float] = []
-    sizes: list[int] = []
 
-    def send(numbers: range) -> None:
-        """One call a second for each of these nodes, in turn."""
-        sent = dict.fromkeys(numbers, 0)
-        while min(sent.values()) < steps:
-            for number in numbers:
-                # Agents do not send at the same moment.
-                due_s = first_s + sent[number] + number / fleet.nodes
-                time.sleep(max(0.0, due_s - time.time()))
-                now = min(steps, 1 + int(time.time() - first_s - number / fleet.nodes))
-                batch = _together(made[number][sent[number] : now])
-                began = time.perf_counter()
-                if batch is not None:
-                    fleet.sinks[number].deliver(batch)
-                    taken.append(time.perf_counter() - began)
-                    sizes.append(len(encode(batch)))
-                sent[number] = now
+    def send(numbers: Iterable[int]) -> None:
+        """What these nodes send, as each is due."""
+        # Agents do not send at the same moment.
+        due = [(first_s + LOCAL_S + number / fleet.nodes, number, 0) for number in numbers]
+        while due:
+            due_s, number, sent = heapq.heappop(due)
+            time.sleep(max(0.0, due_s - time.time()))
+            began = time.time()
+            now = min(steps, 1 + int(began - first_s - LOCAL_S))
+            batch = _together(made[number][sent:now])
+            if batch is not None:
+                fleet.sinks[number].deliver(batch)
+                taken.append(time.time() - began)
+            if now < steps:
+                gather_s = max(FORWARD_INTERVAL_S, fleet.sinks[number].gather_s)
+                heapq.heappush(due, (began + gather_s, number, now))
 
     with ThreadPoolExecutor(THREADS) as senders:
         turns = [range(first, fleet.nodes, THREADS) for first in range(min(THREADS, fleet.nodes))]
@@ -260,7 +267,6 @@ def _worker(token: Path, port: int, ranks: int, steps: int, run_id: str) -> dict
     for sink in fleet.sinks:
         sink.close()
     return {
-        "bytes": sum(sizes),
         "calls": len(taken),
         "call_ms": 1e3 * float(np.median(taken)),
         "worst_ms": 1e3 * max(taken),

@@ -48,6 +48,12 @@ class FakeSink:
         ]
 
 
+class GatheringSink(FakeSink):
+    """Wants an hour between deliveries."""
+
+    gather_s = 3600.0
+
+
 class PickySink(FakeSink):
     """Rejects every batch with a step of `bad`; takes a batch id once, as every sink does."""
 

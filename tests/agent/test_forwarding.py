@@ -36,6 +36,7 @@ class HubServer(hub_pb2_grpc.HubServicer):
         self._folder = folder
         self._begin()
         self.answers: list[grpc.StatusCode] = []
+        self.gather_ms = 0
         self.takes_unanswered = False
         self.requests: list[hub_pb2.ForwardRequest] = []
         self.port = 0
@@ -86,7 +87,7 @@ class HubServer(hub_pb2_grpc.HubServicer):
         if answer is not None:
             context.abort(answer, "not now")
         self.requests.append(request)
-        return hub_pb2.ForwardResponse()
+        return hub_pb2.ForwardResponse(gather_ms=self.gather_ms)
 
     def Known(self, request: hub_pb2.KnownRequest, context: Any) -> hub_pb2.KnownResponse:
         ranges = self._spool.arrived(request.origin).result()
@@ -160,6 +161,18 @@ def test_what_is_logged_reaches_the_hub(leaf: Leaf, hub: HubServer) -> None:
     (batch,) = hub.sink.accepted
     assert [one.run_id for one in batch.producers] == [RUN_ID]
     assert batch.includes[0].origin == leaf.spool.origin().result()
+
+
+def test_a_hub_says_how_long_to_gather(leaf: Leaf, hub: HubServer) -> None:
+    hub.gather_ms = 20_000
+    info = leaf.open()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    leaf.log(info, 2)
+    leaf.log(info, 3)
+    leaf.forwarding.stop(DEADLINE_S)
+    wait_until(lambda: hub.steps == [1, 2, 3])
+    assert len(hub.requests) == 2
 
 
 def test_the_runs_token_goes_with_it(leaf: Leaf, hub: HubServer) -> None:

@@ -29,7 +29,7 @@ from tests.agent.hubs import (
 from tests.agent.samples import producer
 from tests.fakes import DEADLINE_S, Folders
 from trackagent.agent import tls, wire
-from trackagent.agent.hub import MAX_MESSAGE_BYTES
+from trackagent.agent.hub import MAX_MESSAGE_BYTES, gather_ms
 from trackagent.agent.spool import Overlaps, SpoolError, SpoolFull
 from trackagent.agent.store.contract import BatchId, node_run_id
 from trackagent.protos.v1 import agent_pb2, hub_pb2
@@ -67,8 +67,12 @@ def test_a_part_reaches_the_spool_as_it_came(hub: RunningHub) -> None:
     sent = part(first=3, last=7)
     with hub.connected() as stub:
         answer = stub.Forward(request(sent, grants=[grant()]), timeout=DEADLINE_S)
-    assert answer.agent_version == "1.2.3"
+    assert (answer.agent_version, answer.gather_ms) == ("1.2.3", gather_ms(1))
     assert hub.spool.parts == {BatchId(ORIGIN, 3, 7): ("b", sent)}
+
+
+def test_a_hub_of_many_lets_each_gather_for_longer() -> None:
+    assert [gather_ms(hosts) for hosts in (0, 32, 512, 1 << 20)] == [0, 100, 1600, 10_000]
 
 
 def test_a_hub_says_how_far_it_has_come(hub: RunningHub) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.agent.samples import Connections, losses, metrics, producer
-from tests.agent.sinks import FakeSink
+from tests.agent.sinks import FakeSink, GatheringSink
 from tests.fakes import DEADLINE_S, wait_until
 from trackagent.agent import pipeline as pipeline_module
 from trackagent.agent.pipeline import Pipeline
@@ -72,6 +72,17 @@ def test_batches_are_delivered_in_order_and_once(
 def test_records_that_arrive_within_the_interval_go_together(spool: Spool, start: Start) -> None:
     sink = FakeSink()
     pipeline = start(sink, interval_s=3600)
+    append(spool, 1)
+    wait_until(lambda: sink.steps == [1])
+    append(spool, 2)
+    append(spool, 3)
+    pipeline.stop(DEADLINE_S)
+    assert [batch.points[0].steps.tolist() for batch in sink.accepted] == [[1], [2, 3]]
+
+
+def test_a_sink_may_want_more_to_go_together(spool: Spool, start: Start) -> None:
+    sink = GatheringSink()
+    pipeline = start(sink)
     append(spool, 1)
     wait_until(lambda: sink.steps == [1])
     append(spool, 2)

@@ -50,6 +50,8 @@ MAX_CALLS_OF_A_HOST, MAX_WAITING_OF_A_HOST = 8, 128
 READ_TIMEOUT_S, TURN_TIMEOUT_S = 30.0, 30.0
 # Hosts that the log names when they first deliver.
 MAX_TOLD = 10_000
+# Small calls that a hub takes well; and for how long it lets agents gather so that there are no more.
+CALLS_PER_S, MAX_GATHER_S = 320, 10
 # Unpacked, of a call: so much is checked in the loop, in less time than it takes to have a thread do it.
 MAX_BYTES_HERE = 64 * 1024
 # What calls hold of their messages until they are answered; one that is being read may become a whole one.
@@ -88,7 +90,8 @@ class _Part:
 
 class Hub:
     """One for each agent that listens. peer: who is behind a call, as the listener knows; welcome: tells it
-    that they may deliver; cluster_token: "" for none; version: this agent's."""
+    that they may deliver; connected: how many hosts are; cluster_token: "" for none; version: this
+    agent's."""
 
     def __init__(
         self,
@@ -99,6 +102,7 @@ class Hub:
         peer: Callable[[str], Peer | None],
         *,
         welcome: Callable[[str], None],
+        connected: Callable[[], int],
         cluster_token: str,
         version: str,
         held_bytes: int = MAX_HELD_BYTES,
@@ -107,6 +111,7 @@ class Hub:
     ) -> None:
         self._spool, self._tokens, self._table = spool, tokens, table
         self._refusals, self._peer, self._welcome = refusals, peer, welcome
+        self._connected = connected
         self._cluster_token = cluster_token.encode()
         self._version = version
         self._read_timeout_s, self._turn_timeout_s = read_timeout_s, turn_timeout_s
@@ -248,7 +253,9 @@ class Hub:
         del request, parts
         for commit in commits:
             await _committed(commit)
-        return hub_pb2.ForwardResponse(agent_version=self._version)
+        return hub_pb2.ForwardResponse(
+            agent_version=self._version, gather_ms=gather_ms(self._connected())
+        )
 
     async def _known(
         self, request: hub_pb2.KnownRequest, peer: Peer, context: Context
@@ -320,6 +327,12 @@ class Hub:
         return frozenset(
             one.run_id for one in grants if self._tokens.is_good(one.run_id, one.token)
         )
+
+
+def gather_ms(hosts: int) -> int:
+    """For how long each of so many agents should gather between its calls, at least. A call costs a hub about
+    as much with ten steps as with one."""
+    return min(1000 * hosts // CALLS_PER_S, 1000 * MAX_GATHER_S)
 
 
 def _said_token(context: Context) -> bytes:

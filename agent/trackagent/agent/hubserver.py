@@ -89,6 +89,7 @@ class HubServer:
             refusals,
             self._listener.peer,
             welcome=self._listener.welcome,
+            connected=self._listener.hosts,
             cluster_token=self._token,
             version=version,
         )

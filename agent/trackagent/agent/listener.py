@@ -99,6 +99,10 @@ class Listener:
         """Who is behind a peer as gRPC names it; None for one that did not come through here."""
         return self._peers.get(name)
 
+    def hosts(self) -> int:
+        """How many have a connection."""
+        return len(self._connections)
+
     def welcome(self, name: str) -> None:
         """A peer, as gRPC names it, has shown that it may deliver."""
         known = self._unknown.pop(name, None)

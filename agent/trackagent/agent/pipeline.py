@@ -25,7 +25,7 @@ from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import Keys, decode
 from trackagent.agent.errors import AgentError
 from trackagent.agent.reducing import Reducer
-from trackagent.agent.sinks.contract import Away, Remembers, Sink
+from trackagent.agent.sinks.contract import Away, Gathers, Remembers, Sink
 from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
 from trackagent.agent.store.contract import (
     Batch,
@@ -166,7 +166,7 @@ class Pipeline(threading.Thread):
                 if size < DELIVERY_BYTES and self._most is None:
                     self._tell_caught_up()
                     idle_work = self._idle()
-                    self._stopping.wait(max(0.0, began + self._interval_s - time.monotonic()))
+                    self._stopping.wait(max(0.0, began + self._gather_s() - time.monotonic()))
                     sharing = True
             elif self._stopping.is_set():
                 break
@@ -233,6 +233,10 @@ class Pipeline(threading.Thread):
 
     def _patience_s(self) -> float:
         return 0.0 if self._stopping.is_set() else min(SHARING_S, self._interval_s)
+
+    def _gather_s(self) -> float:
+        asked_s = self._sink.gather_s if isinstance(self._sink, Gathers) else 0.0
+        return max(self._interval_s, asked_s)
 
     def _next(self, patience_s: float) -> Delivery | None:
         try:

@@ -111,6 +111,7 @@ def channel(
             ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_S * 500),
             ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.http2.bdp_probe", 0),  # answers are small: a ping with each would be most of it
             *options,
         ],
     )

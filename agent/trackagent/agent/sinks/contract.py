@@ -39,3 +39,11 @@ class Remembers(Protocol):
         """The last batch of the spool `origin` that was accepted, 0 for none. Called before the first
         delivery, and after the spool was damaged."""
         ...
+
+
+@runtime_checkable
+class Gathers(Protocol):
+    """A sink whose other end has many to listen to, and says how often it wants to hear from each."""
+
+    gather_s: float
+    """How long after the beginning of a delivery the next one should begin, at least: less costs others."""

@@ -26,6 +26,8 @@ PROTOCOL_VERSION = 1
 MAX_PARTS = 64
 MAX_PARTS_BYTES = 16 * 1024 * 1024
 CALL_TIMEOUT_S = 20.0
+# Longer than that no hub makes an agent wait.
+MAX_GATHER_S = 30.0
 
 Grants = Callable[[Iterable[str]], Mapping[str, str]]
 """The tokens of these runs; of any run that the hub takes, where there are none."""
@@ -54,6 +56,7 @@ class ForwardSink:
         self._grants = grants
         self._metadata = (("authorization", authorization),) if authorization else ()
         self._node = node
+        self.gather_s = 0.0
         self._address = ""
         self._channel: grpc.Channel | None = None
 
@@ -88,7 +91,8 @@ class ForwardSink:
             grants=self._granted(runs),
             parts=parts,
         )
-        self._call(lambda hub: hub.Forward(request, **self._terms()) is not None)
+        gather_ms = self._call(lambda hub: int(hub.Forward(request, **self._terms()).gather_ms))
+        self.gather_s = min(gather_ms / 1000, MAX_GATHER_S)
 
     def _granted(self, runs: Iterable[str]) -> list[hub_pb2.Grant]:
         return [

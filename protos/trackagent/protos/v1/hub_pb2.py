@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from trackagent.protos.v1 import agent_pb2 as trackagent_dot_protos_dot_v1_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etrackagent/protos/v1/hub.proto\x12\rtrackagent.v1\x1a trackagent/protos/v1/agent.proto\"\x82\x01\n\x0e\x46orwardRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12$\n\x06grants\x18\x03 \x03(\x0b\x32\x14.trackagent.v1.Grant\x12\"\n\x05parts\x18\x04 \x03(\x0b\x32\x13.trackagent.v1.Part\"(\n\x0f\x46orwardResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\"^\n\x0cKnownRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12$\n\x06grants\x18\x02 \x03(\x0b\x32\x14.trackagent.v1.Grant\x12\x0e\n\x06origin\x18\x03 \x01(\t\"\x1d\n\rKnownResponse\x12\x0c\n\x04last\x18\x01 \x01(\x04\"&\n\x05Grant\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"D\n\x04Part\x12\x0e\n\x06origin\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04last\x18\x03 \x01(\x04\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\"\xe4\x02\n\x07\x43ontent\x12*\n\tproducers\x18\x01 \x03(\x0b\x32\x17.trackagent.v1.Producer\x12\'\n\x07\x63olumns\x18\x02 \x03(\x0b\x32\x16.trackagent.v1.Columns\x12&\n\x06params\x18\x03 \x03(\x0b\x32\x16.trackagent.v1.Setting\x12$\n\x04tags\x18\x04 \x03(\x0b\x32\x16.trackagent.v1.Setting\x12$\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x14.trackagent.v1.Event\x12 \n\x04\x65nds\x18\x06 \x03(\x0b\x32\x12.trackagent.v1.End\x12#\n\x06losses\x18\x07 \x03(\x0b\x32\x13.trackagent.v1.Loss\x12 \n\x04gaps\x18\x08 \x03(\x0b\x32\x12.trackagent.v1.Gap\x12\x16\n\x0emetric_records\x18\t \x03(\x04\x12\x0f\n\x07history\x18\n \x01(\x08\"h\n\x07\x43olumns\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\t\x12\r\n\x05steps\x18\x03 \x03(\x12\x12\r\n\x05times\x18\x04 \x03(\x12\x12\x0e\n\x06values\x18\x05 \x01(\x0c\x12\x0f\n\x07reduced\x18\x06 \x01(\x08\"H\n\x07Setting\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\x0f\n\x07time_ns\x18\x04 \x01(\x03\"t\n\x05\x45vent\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\x12\r\n\x05level\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\x04step\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\tB\x07\n\x05_step\"W\n\x03\x45nd\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0e\n\x06logged\x18\x05 \x01(\x03\"G\n\x04Loss\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07records\x18\x03 \x01(\x04\x12\x0c\n\x04more\x18\x04 \x01(\x08\"\x8c\x01\n\x03Gap\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nfirst_step\x18\x03 \x01(\x03\x12\x11\n\tlast_step\x18\x04 \x01(\x03\x12\x15\n\rfirst_time_ns\x18\x05 \x01(\x03\x12\x14\n\x0clast_time_ns\x18\x06 \x01(\x03\x12\x0f\n\x07records\x18\x07 \x01(\x04\x32\xd4\x01\n\x03Hub\x12H\n\x07\x46orward\x12\x1d.trackagent.v1.ForwardRequest\x1a\x1e.trackagent.v1.ForwardResponse\x12\x42\n\x05Known\x12\x1b.trackagent.v1.KnownRequest\x1a\x1c.trackagent.v1.KnownResponse\x12?\n\x04Meet\x12\x1a.trackagent.v1.MeetRequest\x1a\x1b.trackagent.v1.MeetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etrackagent/protos/v1/hub.proto\x12\rtrackagent.v1\x1a trackagent/protos/v1/agent.proto\"\x82\x01\n\x0e\x46orwardRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04node\x18\x02 \x01(\t\x12$\n\x06grants\x18\x03 \x03(\x0b\x32\x14.trackagent.v1.Grant\x12\"\n\x05parts\x18\x04 \x03(\x0b\x32\x13.trackagent.v1.Part\";\n\x0f\x46orwardResponse\x12\x15\n\ragent_version\x18\x01 \x01(\t\x12\x11\n\tgather_ms\x18\x02 \x01(\r\"^\n\x0cKnownRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12$\n\x06grants\x18\x02 \x03(\x0b\x32\x14.trackagent.v1.Grant\x12\x0e\n\x06origin\x18\x03 \x01(\t\"\x1d\n\rKnownResponse\x12\x0c\n\x04last\x18\x01 \x01(\x04\"&\n\x05Grant\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"D\n\x04Part\x12\x0e\n\x06origin\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\x12\x0c\n\x04last\x18\x03 \x01(\x04\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\x0c\"\xe4\x02\n\x07\x43ontent\x12*\n\tproducers\x18\x01 \x03(\x0b\x32\x17.trackagent.v1.Producer\x12\'\n\x07\x63olumns\x18\x02 \x03(\x0b\x32\x16.trackagent.v1.Columns\x12&\n\x06params\x18\x03 \x03(\x0b\x32\x16.trackagent.v1.Setting\x12$\n\x04tags\x18\x04 \x03(\x0b\x32\x16.trackagent.v1.Setting\x12$\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x14.trackagent.v1.Event\x12 \n\x04\x65nds\x18\x06 \x03(\x0b\x32\x12.trackagent.v1.End\x12#\n\x06losses\x18\x07 \x03(\x0b\x32\x13.trackagent.v1.Loss\x12 \n\x04gaps\x18\x08 \x03(\x0b\x32\x12.trackagent.v1.Gap\x12\x16\n\x0emetric_records\x18\t \x03(\x04\x12\x0f\n\x07history\x18\n \x01(\x08\"h\n\x07\x43olumns\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0c\n\x04keys\x18\x02 \x01(\t\x12\r\n\x05steps\x18\x03 \x03(\x12\x12\r\n\x05times\x18\x04 \x03(\x12\x12\x0e\n\x06values\x18\x05 \x01(\x0c\x12\x0f\n\x07reduced\x18\x06 \x01(\x08\"H\n\x07Setting\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\r\n\x05value\x18\x03 \x01(\t\x12\x0f\n\x07time_ns\x18\x04 \x01(\x03\"t\n\x05\x45vent\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\x12\r\n\x05level\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x11\n\x04step\x18\x05 \x01(\x03H\x00\x88\x01\x01\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\tB\x07\n\x05_step\"W\n\x03\x45nd\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0f\n\x07time_ns\x18\x02 \x01(\x03\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0e\n\x06logged\x18\x05 \x01(\x03\"G\n\x04Loss\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07records\x18\x03 \x01(\x04\x12\x0c\n\x04more\x18\x04 \x01(\x08\"\x8c\x01\n\x03Gap\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x12\n\nfirst_step\x18\x03 \x01(\x03\x12\x11\n\tlast_step\x18\x04 \x01(\x03\x12\x15\n\rfirst_time_ns\x18\x05 \x01(\x03\x12\x14\n\x0clast_time_ns\x18\x06 \x01(\x03\x12\x0f\n\x07records\x18\x07 \x01(\x04\x32\xd4\x01\n\x03Hub\x12H\n\x07\x46orward\x12\x1d.trackagent.v1.ForwardRequest\x1a\x1e.trackagent.v1.ForwardResponse\x12\x42\n\x05Known\x12\x1b.trackagent.v1.KnownRequest\x1a\x1c.trackagent.v1.KnownResponse\x12?\n\x04Meet\x12\x1a.trackagent.v1.MeetRequest\x1a\x1b.trackagent.v1.MeetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,29 +35,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDREQUEST']._serialized_start=84
   _globals['_FORWARDREQUEST']._serialized_end=214
   _globals['_FORWARDRESPONSE']._serialized_start=216
-  _globals['_FORWARDRESPONSE']._serialized_end=256
-  _globals['_KNOWNREQUEST']._serialized_start=258
-  _globals['_KNOWNREQUEST']._serialized_end=352
-  _globals['_KNOWNRESPONSE']._serialized_start=354
-  _globals['_KNOWNRESPONSE']._serialized_end=383
-  _globals['_GRANT']._serialized_start=385
-  _globals['_GRANT']._serialized_end=423
-  _globals['_PART']._serialized_start=425
-  _globals['_PART']._serialized_end=493
-  _globals['_CONTENT']._serialized_start=496
-  _globals['_CONTENT']._serialized_end=852
-  _globals['_COLUMNS']._serialized_start=854
-  _globals['_COLUMNS']._serialized_end=958
-  _globals['_SETTING']._serialized_start=960
-  _globals['_SETTING']._serialized_end=1032
-  _globals['_EVENT']._serialized_start=1034
-  _globals['_EVENT']._serialized_end=1150
-  _globals['_END']._serialized_start=1152
-  _globals['_END']._serialized_end=1239
-  _globals['_LOSS']._serialized_start=1241
-  _globals['_LOSS']._serialized_end=1312
-  _globals['_GAP']._serialized_start=1315
-  _globals['_GAP']._serialized_end=1455
-  _globals['_HUB']._serialized_start=1458
-  _globals['_HUB']._serialized_end=1670
+  _globals['_FORWARDRESPONSE']._serialized_end=275
+  _globals['_KNOWNREQUEST']._serialized_start=277
+  _globals['_KNOWNREQUEST']._serialized_end=371
+  _globals['_KNOWNRESPONSE']._serialized_start=373
+  _globals['_KNOWNRESPONSE']._serialized_end=402
+  _globals['_GRANT']._serialized_start=404
+  _globals['_GRANT']._serialized_end=442
+  _globals['_PART']._serialized_start=444
+  _globals['_PART']._serialized_end=512
+  _globals['_CONTENT']._serialized_start=515
+  _globals['_CONTENT']._serialized_end=871
+  _globals['_COLUMNS']._serialized_start=873
+  _globals['_COLUMNS']._serialized_end=977
+  _globals['_SETTING']._serialized_start=979
+  _globals['_SETTING']._serialized_end=1051
+  _globals['_EVENT']._serialized_start=1053
+  _globals['_EVENT']._serialized_end=1169
+  _globals['_END']._serialized_start=1171
+  _globals['_END']._serialized_end=1258
+  _globals['_LOSS']._serialized_start=1260
+  _globals['_LOSS']._serialized_end=1331
+  _globals['_GAP']._serialized_start=1334
+  _globals['_GAP']._serialized_end=1474
+  _globals['_HUB']._serialized_start=1477
+  _globals['_HUB']._serialized_end=1689
 # @@protoc_insertion_point(module_scope)

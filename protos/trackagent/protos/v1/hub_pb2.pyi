@@ -19,10 +19,12 @@ class ForwardRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., node: _Optional[str] = ..., grants: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
 
 class ForwardResponse(_message.Message):
-    __slots__ = ("agent_version",)
+    __slots__ = ("agent_version", "gather_ms")
     AGENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GATHER_MS_FIELD_NUMBER: _ClassVar[int]
     agent_version: str
-    def __init__(self, agent_version: _Optional[str] = ...) -> None: ...
+    gather_ms: int
+    def __init__(self, agent_version: _Optional[str] = ..., gather_ms: _Optional[int] = ...) -> None: ...
 
 class KnownRequest(_message.Message):
     __slots__ = ("protocol_version", "grants", "origin")
