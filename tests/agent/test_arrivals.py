@@ -82,6 +82,17 @@ def test_a_spool_that_knows_an_origin_needs_to_ask_nobody(
     assert before.asked == []
 
 
+def test_who_passes_parts_on_takes_none_for_one_that_came_before(
+    opened: Spool, before: Before
+) -> None:
+    arrivals = Arrivals(opened, before, passes_on=True)
+    assert arrivals.arrived(ORIGIN).result() == [(1, 4), (9, 9)]
+    accept(arrivals, 2, 9)
+    assert [data.rstrip() for _, _, data in spooled(opened)] == [b"2-9"]
+    assert arrivals.arrived(ORIGIN).result() == [(2, 9)]
+    arrivals.close()
+
+
 def test_who_passes_parts_on_asks_nobody(opened: Spool, before: Before) -> None:
     arrivals = Arrivals(opened, before, passes_on=True)
     before.problems.append(StoreError("the hub is away"))

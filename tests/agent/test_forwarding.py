@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from tests.agent.samples import RUN_ID, losses, metrics, producer
 from tests.agent.sinks import FakeSink
 from tests.agent.spools import OpenSpool
 from tests.fakes import DEADLINE_S, wait_until
-from trackagent.agent.deadletters import DeadLetters
+from trackagent.agent import pipeline as pipeline_module
+from trackagent.agent.deadletters import DeadLetters, found, mark
 from trackagent.agent.forwarding import Forwarding
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.routes import Routes
+from trackagent.agent.sinks.forward import ForwardSink, HubRefused
 from trackagent.agent.spool import Spool
-from trackagent.agent.store.contract import BatchId, ProducerInfo, node_run_id
+from trackagent.agent.store.contract import Batch, BatchId, ProducerInfo, node_run_id
 from trackagent.client.hub import Hub
 from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
 
@@ -55,6 +57,9 @@ class HubServer(hub_pb2_grpc.HubServicer):
             dead_letters=DeadLetters(folder / "letters", "hub", max_bytes=1 << 30),
         )
         self._pipeline.start()
+
+    def arrived(self, origin: str) -> list[tuple[int, int]]:
+        return self._spool.arrived(origin).result()
 
     def lose_everything(self) -> None:
         """Its folder is gone, and another one begun."""
@@ -90,7 +95,7 @@ class HubServer(hub_pb2_grpc.HubServicer):
         return hub_pb2.ForwardResponse(gather_ms=self.gather_ms)
 
     def Known(self, request: hub_pb2.KnownRequest, context: Any) -> hub_pb2.KnownResponse:
-        ranges = self._spool.arrived(request.origin).result()
+        ranges = self.arrived(request.origin)
         return hub_pb2.KnownResponse(last=ranges[-1][1] if ranges else 0)
 
     @property
@@ -110,6 +115,7 @@ class Leaf:
 
     def __init__(self, spool: Spool, folder: Path, hub: HubServer, **options: Any) -> None:
         self.spool, self.hub = spool, hub
+        self.letters = folder / "letters"
         self.routes = Routes(folder / "routes.db", folder / "quarantine")
         spool.add_sink("store").result()
         self.reached = threading.Event()
@@ -118,7 +124,7 @@ class Leaf:
             self.routes,
             node="host-a",
             interval_s=0.01,
-            dead_letters=lambda sink: DeadLetters(folder / "letters", sink, max_bytes=1 << 30),
+            dead_letters=lambda sink: DeadLetters(self.letters, sink, max_bytes=1 << 30),
             connect=self._connect,
             **options,
         )
@@ -141,6 +147,10 @@ class Leaf:
         at = self.spool.committed(info.producer_id).result().get(0, 0)
         self.spool.append(info.producer_id, 0, at, data).result()
 
+    def origin(self, pipeline: Pipeline) -> str:
+        """Under which it forwards."""
+        return self.spool.add_sink(pipeline.sink_name, apart=True).result()
+
     def close(self) -> None:
         self.forwarding.stop(0.0)
         self.routes.close()
@@ -160,7 +170,29 @@ def test_what_is_logged_reaches_the_hub(leaf: Leaf, hub: HubServer) -> None:
     wait_until(lambda: hub.steps == [1, 2, 3])
     (batch,) = hub.sink.accepted
     assert [one.run_id for one in batch.producers] == [RUN_ID]
-    assert batch.includes[0].origin == leaf.spool.origin().result()
+    (pipeline,) = leaf.forwarding.pipelines()
+    assert batch.includes[0].origin == leaf.origin(pipeline)
+
+
+def test_the_range_of_a_batch_arrives_after_all_that_the_batch_carries(hub: HubServer) -> None:
+    """A hub that knows the range is not sent the batch again."""
+
+    def connect() -> tuple[str, grpc.Channel]:
+        return "hub", grpc.insecure_channel(f"127.0.0.1:{hub.port}")
+
+    other = BatchId("cd" * 16, 7, 9)
+    part = hub_pb2.Part(origin=other.origin, first=other.first, last=other.last, content=b"x")
+    sink = ForwardSink("upstream", connect, grants=lambda runs: {}, node="rack")
+    carried = [(producer(3), part.SerializeToString())]
+    own = Batch(BatchId("ab" * 16, 1, 2), [producer(2)], parts=carried)
+    hub.answers = [grpc.StatusCode.INTERNAL]
+    hub.takes_unanswered = True
+    with pytest.raises(HubRefused):
+        sink.deliver(own)
+    assert (hub.arrived(own.id.origin), hub.arrived(other.origin)) == ([], [(7, 9)])
+    sink.deliver(own)
+    assert (hub.arrived(own.id.origin), hub.arrived(other.origin)) == ([(1, 2)], [(7, 9)])
+    sink.close()
 
 
 def test_a_hub_says_how_long_to_gather(leaf: Leaf, hub: HubServer) -> None:
@@ -331,6 +363,80 @@ def test_what_a_hub_can_never_take_becomes_a_dead_letter(leaf: Leaf, hub: HubSer
     wait_until(lambda: pipeline.dead_letters()[0] == 1)
     leaf.log(info, 2)
     wait_until(lambda: 2 in hub.steps)
+
+
+@pytest.fixture
+def passing_over(leaf: Leaf) -> Callable[[], None]:
+    """passing_over(): the hub's sink gets past a batch that is not for the hub."""
+    stays = producer(7)
+    leaf.spool.open_producer(stays, {}).result()
+
+    def one() -> None:
+        leaf.log(stays, 0)
+        (pipeline,) = leaf.forwarding.pipelines()
+        wait_until(lambda: _behind(leaf.spool, pipeline.sink_name) == 0)
+
+    return one
+
+
+def test_what_is_not_for_the_hub_leaves_no_hole_there(
+    leaf: Leaf, hub: HubServer, passing_over: Callable[[], None]
+) -> None:
+    info = leaf.open()
+    leaf.log(info, 0)
+    for step in range(1, 4):
+        wait_until(lambda step=step: hub.steps == [*range(step)])  # type: ignore[misc]
+        passing_over()
+        passing_over()
+        leaf.log(info, step)
+    wait_until(lambda: hub.steps == [0, 1, 2, 3])
+    (pipeline,) = leaf.forwarding.pipelines()
+    assert len(hub.arrived(leaf.origin(pipeline))) == 1
+
+
+def test_a_dead_letter_is_taken_however_much_has_come_since(
+    leaf: Leaf, hub: HubServer, passing_over: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "RETRY_INTERVAL_S", 0.0)
+    hub.answers = [grpc.StatusCode.INVALID_ARGUMENT]
+    info = leaf.open()
+    leaf.log(info, 0)
+    (pipeline,) = leaf.forwarding.pipelines()
+    wait_until(lambda: pipeline.dead_letters()[0] == 1)
+    for step in range(1, 70):
+        passing_over()
+        leaf.log(info, step)
+    wait_until(lambda: hub.steps == [*range(1, 70)])
+    (letter,) = found(leaf.letters)
+    mark(letter)
+    wait_until(lambda: pipeline.dead_letters()[0] == 0)
+    wait_until(lambda: sorted(hub.steps) == [*range(70)])
+
+
+def test_what_was_taken_unanswered_after_such_is_taken_once_from_the_next_agent(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
+) -> None:
+    leaf = Leaf(open_spool(), tmp_path, hub)
+    leaf.forwarding.start()
+    info = leaf.open()
+    (pipeline,) = leaf.forwarding.pipelines()
+    leaf.spool.open_producer(producer(7), {}).result()
+    leaf.log(producer(7), 0)
+    wait_until(lambda: _behind(leaf.spool, pipeline.sink_name) == 0)
+    hub.takes_unanswered, hub.answers = True, [grpc.StatusCode.INTERNAL] * 1000
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    ((first, last),) = hub.arrived(leaf.origin(pipeline))
+    assert first < last
+    leaf.close()
+    leaf.spool.close()
+    hub.answers.clear()
+    again = Leaf(open_spool(), tmp_path, hub)
+    again.forwarding.start()
+    again.log(info, 2)
+    wait_until(lambda: len(hub.steps) >= 2)
+    again.close()
+    assert hub.steps == [1, 2]
 
 
 def test_an_agent_that_comes_later_forwards_what_is_left(

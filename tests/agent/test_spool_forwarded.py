@@ -15,7 +15,7 @@ from tests.agent.spools import DATA, ID, OpenSpool, delivery, spooled
 from tests.agent.test_spool_salvage import spoil
 from tests.fakes import Folders
 from trackagent.agent.decode import decode
-from trackagent.agent.spool import Overlaps, Spool, SpoolFull
+from trackagent.agent.spool import Overlaps, Spool, SpoolFull, TooManyHoles
 from trackagent.agent.spooltables import FORWARDED_LANE, MAX_RANGES
 from trackagent.agent.store.contract import BatchId
 
@@ -164,10 +164,43 @@ def test_what_came_is_what_was_accepted(spool: Spool, order: list[int], count: i
     assert all(low[1] + 1 < high[0] for low, high in itertools.pairwise(found))
 
 
-def test_of_too_many_ranges_the_oldest_become_one(opened: Spool) -> None:
-    for number in range(MAX_RANGES + 10):
-        accept(opened, 2 * number + 1, 2 * number + 1)
-    found = opened.arrived(ORIGIN).result()
-    assert len(found) == MAX_RANGES
-    assert found[0] == (1, 21)
-    assert found[-1] == (2 * MAX_RANGES + 19, 2 * MAX_RANGES + 19)
+def test_what_is_missing_may_come_however_much_has_come_since(opened: Spool) -> None:
+    apart = [(number, number) for number in range(1, 2 * MAX_RANGES, 2)]
+    opened.note_arrived(ORIGIN, apart).result()
+    with pytest.raises(TooManyHoles, match="dead letters"):
+        accept(opened, 9_000, 9_001)
+    assert opened.arrived(ORIGIN).result() == apart
+    accept(opened, 8_192, 8_192)
+    accept(opened, 2, 2)
+    accept(opened, 9_000, 9_001)
+    assert parts(opened) == [b"8192-8192", b"2-2", b"9000-9001"]
+
+
+@pytest.mark.parametrize(
+    ("range_", "other"),
+    [((1, 3), (3, 4)), ((6, 9), (3, 6)), ((5, 9), (3, 6)), ((1, 9), (3, 6)), ((5, 7), (8, 9))],
+)
+def test_a_range_with_something_new_and_something_that_came_is_refused(
+    opened: Spool, range_: tuple[int, int], other: tuple[int, int]
+) -> None:
+    accept(opened, *other)
+    accept(opened, 6, 6) if other == (8, 9) else None
+    with pytest.raises(Overlaps):
+        accept(opened, *range_)
+
+
+def test_a_sink_apart_has_ids_that_no_other_has(open_spool: OpenSpool) -> None:
+    spool = open_spool()
+
+    def origins() -> list[str]:
+        return [
+            spool.add_sink("store").result(),
+            *(spool.add_sink(hub, from_now=True, apart=True).result() for hub in ("a", "b")),
+        ]
+
+    found = origins()
+    assert len(set(found)) == 3
+    assert all(len(bytes.fromhex(one)) == 16 for one in found)
+    for hub in ("a", "b"):
+        spool.remove_sink(hub).result()
+    assert origins() == found

@@ -22,9 +22,9 @@ _ASKING = 4
 
 class Arrivals:
     """Takes parts into the spool. before: which ranges of an origin came before this spool; what it raises
-    keeps the part where it is. passes_on: nothing is asked for a part: whoever gets it next keeps it once,
-    and need not be there now. Futures fail with what `before` raises, and as Spool.accept does. Any thread
-    may call."""
+    keeps the part where it is. passes_on: nothing is asked for a part, and no part is taken for one that
+    came before: whoever gets it next keeps it once, and need not be there now. Futures fail with what
+    `before` raises, and as Spool.accept does. Any thread may call."""
 
     def __init__(
         self, spool: Spool, before: Callable[[str], Ranges], *, passes_on: bool = False
@@ -56,6 +56,8 @@ class Arrivals:
         self._spool.accept(id_, part, node).result()
 
     def _arrived(self, origin: str) -> list[tuple[int, int]]:
+        if self._passes_on:
+            return self._spool.arrived(origin).result() or list(self._before(origin))
         self._ask(origin)
         return self._spool.arrived(origin).result()
 

@@ -567,7 +567,7 @@ def _before(config: AgentConfig) -> Callable[[str], Ranges]:
 
         def at_the_hub(origin: str) -> Ranges:
             last = hub.last_accepted(origin)
-            return [(1, last)] if last else []
+            return [(last, last)] if last else []  # what lies before may be missing
 
         return at_the_hub
 

@@ -25,7 +25,7 @@ from trackagent.agent.deadletters import DeadLetter, DeadLetters
 from trackagent.agent.decode import Keys, decode
 from trackagent.agent.errors import AgentError
 from trackagent.agent.reducing import Reducer
-from trackagent.agent.sinks.contract import Away, Gathers, Remembers, Sink
+from trackagent.agent.sinks.contract import Away, Gathers, Remembers, Sink, says_something
 from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
 from trackagent.agent.store.contract import (
     Batch,
@@ -82,8 +82,9 @@ class Pipeline(threading.Thread):
     """Feeds one sink. `interval_s`: how long records may wait so that more of them go together.
     `dead_letters`: the sink's. `reducer`: what becomes of batches before the sink gets them; None: nothing.
     `observer` sees them as they were logged. wanted: whose batches the sink gets; with the others it is done
-    at once. opens: whether it gets what other agents forwarded as it was logged, or unread. from_now: a sink
-    that is new gets nothing of what is spooled already. max_backoff_s: how long until it tries again, at
+    at once. opens: whether it gets what other agents forwarded as it was logged, or unread. from_now: one of
+    several hubs, which each get something else: its batches have ids that no other sink's have, and when
+    it is new it gets nothing of what is spooled already. max_backoff_s: how long until it tries again, at
     most."""
 
     def __init__(
@@ -113,14 +114,18 @@ class Pipeline(threading.Thread):
         self._reducer = reducer
         self._wanted = wanted
         self._opens = opens
+        self._apart = from_now
         self._max_backoff_s = max_backoff_s
         # Batches of a delivery at most, None: any number.
         self._most: int | None = None
+        # Where that begins, right before what comes next, of which there was nothing for the sink. The next
+        # batch's range covers it, so that the sink has no hole there.
+        self._passed: int | None = None
         self._retry_at = 0.0
         self._doubtful = False
         self._deadline: float | None = None
         self._stopping = threading.Event()
-        spool.add_sink(sink.name, from_now=from_now).result()
+        spool.add_sink(sink.name, from_now=from_now, apart=self._apart).result()
 
     @property
     def sink_name(self) -> str:
@@ -183,16 +188,20 @@ class Pipeline(threading.Thread):
 
     def _reconcile(self) -> None:
         """The sink's own word for what it has counts where the spool knows of less."""
-        origin = self._spool.add_sink(self._sink.name).result()
+        self._passed = None
+        origin = self._origin()
         if isinstance(self._sink, Remembers):
             last = self._sink.last_accepted(origin)
             self._spool.reconcile_sink(self._sink.name, origin, last).result()
             self._tell_what_is_gone(origin, last)
 
+    def _origin(self) -> str:
+        return self._spool.add_sink(self._sink.name, apart=self._apart).result()
+
     def _look_again(self) -> None:
         """Who was away may have lost what it had. What it has beyond the cursor is what is delivered next."""
         if self._doubtful and isinstance(self._sink, Remembers):
-            origin = self._spool.add_sink(self._sink.name).result()
+            origin = self._origin()
             self._tell_what_is_gone(origin, self._sink.last_accepted(origin))
         self._doubtful = False
 
@@ -284,12 +293,26 @@ class Pipeline(threading.Thread):
         if self._wanted is not None:
             wanted = [one for one in delivery.batches if self._wanted(one.producer)]
             if not wanted:
+                self._pass_over(delivery.id.first)
                 return
             delivery = replace(delivery, batches=wanted)
         batch = self._read(delivery, self._spool.keys)
-        self._sink.deliver(self._reduced(batch))
+        reduced = self._reduced(batch)
+        self._sink.deliver(replace(reduced, id=self._widened(delivery.id)))
+        if self._opens or says_something(reduced):
+            self._passed = None
+        else:
+            self._pass_over(delivery.id.first)
         if self._observer is not None:
             self._observer.take(batch)
+
+    def _pass_over(self, first: int) -> None:
+        self._passed = first if self._passed is None else min(self._passed, first)
+
+    def _widened(self, id_: BatchId) -> BatchId:
+        """After a crash it is not known what was passed over: the range then lies in the one of before."""
+        first = id_.first if self._passed is None else min(self._passed, id_.first)
+        return replace(id_, first=first)
 
     def _read(self, delivery: Delivery, keys: Keys) -> Batch:
         batch = decode(delivery, keys)
@@ -309,6 +332,7 @@ class Pipeline(threading.Thread):
         """The one batch of the delivery becomes a dead letter, and its run is told."""
         (batch,) = delivery.batches
         self._most = 1
+        self._passed = None
         letter = self._letters.keep(delivery.id.origin, batch, reason, self._schemas_of(batch))
         # What the agent itself says about a rejection may be rejected too; that is not told again.
         own_records = (

@@ -13,6 +13,7 @@ sqlite3.Error, and then nothing of that call was kept.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sqlite3
 import threading
@@ -40,6 +41,7 @@ __all__ = [
     "SpoolError",
     "SpoolFull",
     "SpooledBatch",
+    "TooManyHoles",
     "UnknownProducer",
     "UnknownSink",
 ]
@@ -58,6 +60,11 @@ BYTES_PER_KEY = 64
 
 class SpoolFull(SpoolError):
     """At its limit of bytes: the sender keeps the data and comes back."""
+
+
+class TooManyHoles(SpoolFull):
+    """More ranges of another agent's spool lie apart than are remembered: one that is missing must come
+    first."""
 
 
 class UnknownProducer(SpoolError):
@@ -126,7 +133,8 @@ class Spool:
         self._linger_s = linger_s
         self._file = SpoolFile(path, connect)
         self._use(self._file.open())
-        self._sinks: set[str] = set()
+        # Whether each has an origin of its own.
+        self._sinks: dict[str, bool] = {}
         self._received_bytes = 0
         # Since the last commit; also where that was rolled back, which wakes somebody in vain.
         self._arrived = False
@@ -289,18 +297,13 @@ class Spool:
         """Commits what the agent of a node forwards: a Part (hub.proto) with this id, whose origin is 32
         hexadecimal digits. Changes nothing when its range came before.
 
-        Fails with SpoolFull, or Overlaps."""
+        Fails with SpoolFull, TooManyHoles or Overlaps."""
 
         def job() -> tuple[None, int]:
-            tables = self._tables
-            for first, last in tables.arrived(id_.origin):
-                if first <= id_.first and id_.last <= last:
-                    return None, 0
-                if first <= id_.last and id_.first <= last:
-                    raise Overlaps(
-                        f"{id_.first} to {id_.last} of {id_.origin} overlaps {first} to {last}, which came"
-                    )
+            if self._came(id_):
+                return None, 0
             self._check_room(len(part))
+            tables = self._tables
             tables.append(self._forwarder(id_.origin, node), FORWARDED_LANE, part)
             tables.add_arrived(id_.origin, id_.first, id_.last)
             return None, len(part)
@@ -344,18 +347,19 @@ class Spool:
 
     # --- what sinks do
 
-    def add_sink(self, name: str, *, from_now: bool = False) -> Future[str]:
+    def add_sink(self, name: str, *, from_now: bool = False, apart: bool = False) -> Future[str]:
         """A sink that starts with the oldest batch there is, or, from_now, with the next one; changes nothing
-        if it is known. The result is the origin under which it gets its batches. From here on nothing is
-        deleted that it has yet to get, also while its cursor is lost with a damaged file."""
+        if it is known. The result is the origin under which it gets its batches: the spool's, or, apart, one
+        that no other sink has. From here on nothing is deleted that it has yet to get, also while its cursor
+        is lost with a damaged file."""
 
         def job() -> str:
             tables = self._tables
-            self._sinks.add(name)
+            self._sinks[name] = apart
             sink = tables.sink(name)
             if sink is None:
                 begin = tables.next_number() if from_now else tables.ends()[0]
-                sink = SinkState(tables.origin(), begin - 1)
+                sink = SinkState(self._origin_for(name, tables.origin()), begin - 1)
                 tables.put_sink(name, sink)
             return sink.origin
 
@@ -365,7 +369,7 @@ class Spool:
         """Nothing is kept for this sink any more. Idempotent."""
 
         def job() -> None:
-            self._sinks.discard(name)
+            self._sinks.pop(name, None)
             self._tables.remove_sink(name)
             self._delete_delivered()
 
@@ -403,7 +407,8 @@ class Spool:
                 fresh = uuid4().hex
                 cursor = max(sink.cursor, self._first_since - 1)
                 tables.set_identity(fresh, last + 1, tables.lost(), cursor)
-                tables.put_sink(name, SinkState(fresh, cursor, None, sink.rejected))
+                renamed = SinkState(self._origin_for(name, fresh), cursor, None, sink.rejected)
+                tables.put_sink(name, renamed)
                 logger.warning(
                     "the spool is an older copy of itself: sink %s has batch %d, the last one here was %d; "
                     "what ranks had delivered in between is named in their runs",
@@ -644,6 +649,26 @@ class Spool:
                 f"the spool holds {held} bytes, its limit is {self._max_bytes}: a sink is behind"
             )
 
+    def _came(self, id_: BatchId) -> bool:
+        """Whether a part came. What is missing may always come, so none that would be too many to remember
+        is taken instead of taking one for another."""
+        tables = self._tables
+        first, last = tables.arrived_before(id_.origin, id_.last + 2) or (0, 0)
+        if first <= id_.first and id_.last <= last:
+            return True
+        if first == id_.last + 1:  # it comes right before that one
+            first, last = tables.arrived_before(id_.origin, id_.last + 1) or (0, 0)
+        elif last < id_.first - 1 and tables.is_crowded(id_.origin):
+            raise TooManyHoles(
+                f"of {id_.origin} so many parts are missing between those that came that {id_.first} to "
+                f"{id_.last} cannot be told apart from them: have that agent's dead letters delivered again"
+            )
+        if id_.first <= last:
+            raise Overlaps(
+                f"{id_.first} to {id_.last} of {id_.origin} overlaps {first} to {last}, which came"
+            )
+        return False
+
     def _forwarder(self, origin: str, node: str) -> int:
         """The producer that stands for what is forwarded of another agent's spool. It logs nothing itself,
         and is as good as ended: it is remembered while its batches are here."""
@@ -666,7 +691,7 @@ class Spool:
                 execute("PRAGMA incremental_vacuum(1)")  # Python's sqlite3 stops after one page
 
     def _delete_delivered(self) -> None:
-        if self._sinks <= self._tables.sinks().keys():
+        if self._sinks.keys() <= self._tables.sinks().keys():
             self._tables.delete_delivered()
 
     def _note_commit(self) -> None:
@@ -679,6 +704,13 @@ class Spool:
         """Something was rolled back: a number that was looked up may go to another producer."""
         self._tables.forget()
         self._infos.clear()
+
+    def _origin_for(self, sink: str, origin: str) -> str:
+        """Where a spool of this name begins the ids of what a sink gets: 32 hexadecimal digits."""
+        if not self._sinks.get(sink):
+            return origin
+        named = f"trackagent sink {origin} {sink}".encode()
+        return hashlib.blake2b(named, digest_size=16).hexdigest()
 
     def _sink(self, name: str) -> SinkState:
         sink = self._tables.sink(name)

@@ -37,8 +37,8 @@ AGENT_LANE = 255
 # The lane of what another agent forwarded: each batch is a Part (hub.proto) of the spool whose name the
 # producer's id is.
 FORWARDED_LANE = 254
-# Ranges of one origin that are known apart.
-MAX_RANGES = 64
+# Ranges of one origin that are known apart. Between them dead letters may be missing, and come yet.
+MAX_RANGES = 4_096
 
 COLUMNS = {
     "spool": "id INTEGER PRIMARY KEY, origin TEXT NOT NULL, first_number INTEGER NOT NULL,"
@@ -453,25 +453,29 @@ class Tables:
             "SELECT first, last FROM arrived WHERE origin = ? ORDER BY first", (origin,)
         ).fetchall()
 
+    def arrived_before(self, origin: str, number: int) -> tuple[int, int] | None:
+        """Of the ranges that came, the last one that begins before a number."""
+        found: tuple[int, int] | None = self._execute(
+            "SELECT first, last FROM arrived WHERE origin = ? AND first < ?"
+            " ORDER BY first DESC LIMIT 1",
+            (origin, number),
+        ).fetchone()
+        return found
+
+    def is_crowded(self, origin: str) -> bool:
+        """Whether MAX_RANGES of an origin lie apart."""
+        (count,) = self._execute(
+            "SELECT COUNT(*) FROM arrived WHERE origin = ?", (origin,)
+        ).fetchone()
+        return int(count) >= MAX_RANGES
+
     def add_arrived(self, origin: str, first: int, last: int) -> None:
-        """What it touches becomes one with it. Of more than MAX_RANGES the two oldest do, with what is
-        between: an agent sends in order, and what is missing so far back will not come."""
-        ranges = self.arrived(origin)
-        merged = [one for one in ranges if one[0] <= last + 1 and one[1] >= first - 1]
-        ends = [(first, last), *merged]
-        kept = [one for one in ranges if one not in merged]
-        new = [(min(low for low, _ in ends), max(high for _, high in ends))]
-        if len(kept) + 1 > MAX_RANGES:
-            oldest = sorted([*kept, *new])[:2]
-            new = [(oldest[0][0], oldest[1][1]), *(one for one in new if one not in oldest)]
-            merged += [one for one in oldest if one in kept]
-        for low, _ in merged:
-            self._execute("DELETE FROM arrived WHERE origin = ? AND first = ?", (origin, low))
-        for range_ in new:
-            row = (origin, *range_)
-            self._execute(
-                "INSERT INTO arrived VALUES (?, ?, ?, ?)", (*row, checksum("arrived", *row))
-            )
+        """What it touches becomes one with it; nothing else counts as having come."""
+        while (near := self.arrived_before(origin, last + 2)) is not None and near[1] >= first - 1:
+            self._execute("DELETE FROM arrived WHERE origin = ? AND first = ?", (origin, near[0]))
+            first, last = min(first, near[0]), max(last, near[1])
+        row = (origin, first, last)
+        self._execute("INSERT INTO arrived VALUES (?, ?, ?, ?)", (*row, checksum("arrived", *row)))
 
     def forget_arrived(self, origin: str) -> None:
         self._execute("DELETE FROM arrived WHERE origin = ?", (origin,))

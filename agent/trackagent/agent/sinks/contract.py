@@ -15,10 +15,10 @@ class Away(AgentError):
 class Sink(Protocol):
     """Takes batches, one at a time, on one thread of its own.
 
-    `deliver` returns when the batch is accepted for good; a batch whose id was accepted before
-    changes nothing. store.contract.Rejected: it can never be accepted. Any other exception: kept,
-    to be tried again. `idle` is called between deliveries, unless there is a backlog of them; it
-    may work for about `deadline_s` seconds, and returns whether more is left to do. After `close`
+    `deliver` returns when the batch is accepted for good; a batch whose id was accepted before, or whose
+    range lies in one that was, changes nothing. store.contract.Rejected: it can never be accepted. Any other
+    exception: kept, to be tried again. `idle` is called between deliveries, unless there is a backlog of
+    them; it may work for about `deadline_s` seconds, and returns whether more is left to do. After `close`
     nothing is called.
     """
 
@@ -47,3 +47,17 @@ class Gathers(Protocol):
 
     gather_s: float
     """How long after the beginning of a delivery the next one should begin, at least: less costs others."""
+
+
+def says_something(batch: Batch) -> bool:
+    """Whether it says more than the parts of other agents that it carries."""
+    return bool(
+        batch.producers
+        or batch.params
+        or batch.tags
+        or batch.events
+        or batch.points
+        or batch.ends
+        or batch.losses
+        or batch.gaps
+    )

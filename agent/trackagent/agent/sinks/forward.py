@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 
 from trackagent.agent.errors import AgentError
-from trackagent.agent.sinks.contract import Away
+from trackagent.agent.sinks.contract import Away, says_something
 from trackagent.agent.store.contract import Batch, BatchId, Rejected, node_run_id
 from trackagent.agent.wire import encode
 from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
@@ -61,13 +61,14 @@ class ForwardSink:
         self._channel: grpc.Channel | None = None
 
     def deliver(self, batch: Batch) -> None:
-        parts = [hub_pb2.Part.FromString(part) for _, part in batch.parts]
         own = replace(batch, parts=())
-        if _says_something(own):
-            parts.insert(0, _part(batch.id, encode(own)))
+        mine = [_part(batch.id, encode(own))] if says_something(own) else []
         runs = _runs_of(batch.producers)
-        for some in _together(parts):
+        for some in _together(hub_pb2.Part.FromString(part) for _, part in batch.parts):
             self._forward(some, runs)
+        # When all of that has arrived: a hub that knows this range counts as having the whole batch.
+        if mine:
+            self._forward(mine, runs)
 
     def last_accepted(self, origin: str) -> int:
         grants = self._granted(())
@@ -122,19 +123,6 @@ def _part(id_: BatchId, content: bytes) -> hub_pb2.Part:
     if len(content) > MAX_PARTS_BYTES:
         raise Rejected(f"{len(content)} bytes at once are more than a hub takes, {MAX_PARTS_BYTES}")
     return hub_pb2.Part(origin=id_.origin, first=id_.first, last=id_.last, content=content)
-
-
-def _says_something(batch: Batch) -> bool:
-    return bool(
-        batch.producers
-        or batch.params
-        or batch.tags
-        or batch.events
-        or batch.points
-        or batch.ends
-        or batch.losses
-        or batch.gaps
-    )
 
 
 def _runs_of(infos: Iterable[ProducerInfo]) -> set[str]:

@@ -43,8 +43,8 @@ class NotFound(StoreError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class BatchId:
-    """Range [first, last] of spool sequence numbers of the spool `origin`: the same content always has the
-    same id, ranges of one origin never overlap without being equal."""
+    """Range [first, last] of spool sequence numbers of the spool `origin`: ranges of one origin never overlap
+    unless one lies in the other, and then they are of the same content."""
 
     origin: str
     first: int

@@ -25,8 +25,6 @@ from trackagent.agent.store.streams import Producer
 _END_STATUSES = ("finished", "failed", "killed")
 _SHOWN_CHARACTERS = 200
 _MAX_GAPS = 1_000  # of one producer
-# Ranges of another agent's spool that are known apart.
-MAX_RANGES = 64
 
 
 def mark_applied(connection: sqlite3.Connection, id_: BatchId) -> bool:
@@ -61,8 +59,7 @@ def mark_applied(connection: sqlite3.Connection, id_: BatchId) -> bool:
 
 def note_included(connection: sqlite3.Connection, id_: BatchId) -> None:
     """Notes the range of another agent's spool as written, whatever was noted of it before. What touches it
-    becomes one row with it; of an origin with more than MAX_RANGES the two oldest do, with what is between:
-    an agent sends in order, and what is missing so far back will not come."""
+    becomes one row with it; what is missing between ranges may come yet, however far back."""
     origin, first, last = id_.origin, id_.first, id_.last
     touching = " FROM applied WHERE origin = ? AND first <= ? AND last >= ?"
     place = (origin, last + 1, first - 1)
@@ -70,16 +67,9 @@ def note_included(connection: sqlite3.Connection, id_: BatchId) -> None:
     connection.execute(f"DELETE{touching}", place)
     if low is not None:
         first, last = min(first, low), max(last, high)
-    insert = "INSERT INTO applied (origin, first, last) VALUES (?, ?, ?)"
-    connection.execute(insert, (origin, first, last))
-    oldest = connection.execute(
-        "SELECT first, last FROM applied WHERE origin = ? ORDER BY first", (origin,)
-    ).fetchall()
-    if len(oldest) > MAX_RANGES:
-        connection.execute(
-            "DELETE FROM applied WHERE origin = ? AND first <= ?", (origin, oldest[1][0])
-        )
-        connection.execute(insert, (origin, oldest[0][0], oldest[1][1]))
+    connection.execute(
+        "INSERT INTO applied (origin, first, last) VALUES (?, ?, ?)", (origin, first, last)
+    )
 
 
 def forget_applied(connection: sqlite3.Connection) -> None:

@@ -60,6 +60,15 @@ def test_what_batches_were_made_of_is_known(writer: Writer, reader: Reader) -> N
     assert reader.ranges("node d") == []
 
 
+def test_what_is_missing_of_another_spool_is_known_however_much_came_since(
+    writer: Writer, reader: Reader
+) -> None:
+    apart = [(number, number) for number in range(1, 201, 2)]
+    for number, ends in enumerate(apart, start=1):
+        writer.write(batch(number, includes=[BatchId("node b", *ends)]))
+    assert reader.ranges("node b") == apart
+
+
 def copy(source: Reader, target: tuple[Writer, Reader]) -> None:
     def known(origin: str) -> int:
         return max((last for _, last in target[1].ranges(origin)), default=0)
