@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from trackagent.agent.forwarding import Forwarding
 from trackagent.agent.pipeline import Pipeline
 from trackagent.agent.routes import Routes
 from trackagent.agent.sinks.forward import ForwardSink, HubRefused
-from trackagent.agent.spool import Spool
+from trackagent.agent.spool import Spool, SpoolError
 from trackagent.agent.store.contract import Batch, BatchId, ProducerInfo, node_run_id
 from trackagent.client.hub import Hub
 from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
@@ -40,6 +41,9 @@ class HubServer(hub_pb2_grpc.HubServicer):
         self.answers: list[grpc.StatusCode] = []
         self.gather_ms = 0
         self.takes_unanswered = False
+        # Calls wait while it is not set.
+        self.hold, self.held = threading.Event(), threading.Event()
+        self.hold.set()
         self.requests: list[hub_pb2.ForwardRequest] = []
         self.port = 0
         self._server: grpc.Server | None = None
@@ -84,6 +88,9 @@ class HubServer(hub_pb2_grpc.HubServicer):
         self._spool.close()
 
     def Forward(self, request: hub_pb2.ForwardRequest, context: Any) -> hub_pb2.ForwardResponse:
+        if not self.hold.is_set():
+            self.held.set()
+            self.hold.wait(DEADLINE_S)
         answer = self.answers.pop(0) if self.answers else None
         if answer is None or self.takes_unanswered:
             for part in request.parts:
@@ -469,6 +476,82 @@ def test_a_hub_that_nobody_delivers_to_any_more_is_let_go(
     wait_until(lambda: leaf.spool.sinks().result() == ["store"])
     leaf.log(leaf.open(3), 5)
     wait_until(lambda: hub.steps == [1, 5])
+    leaf.close()
+
+
+def test_a_hub_is_let_go_after_all_when_the_spool_failed(tmp_path: Path, hub: HubServer) -> None:
+    failures = [sqlite3.OperationalError("disk I/O error"), SpoolError("no space left")]
+
+    class Failing(Spool):
+        def remove_sink(self, name: str) -> Future[None]:
+            if not failures:
+                return super().remove_sink(name)
+            failed: Future[None] = Future()
+            failed.set_exception(failures.pop())
+            return failed
+
+    spool = Failing(tmp_path / "spool.db", max_bytes=1 << 30, linger_s=0.0)
+    leaf = Leaf(spool, tmp_path, hub, idle_s=0.05)
+    leaf.forwarding.start()
+    info = leaf.open()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    leaf.spool.end_producer(info.producer_id).result()
+    wait_until(lambda: leaf.spool.sinks().result() == ["store"])
+    assert not failures
+    leaf.close()
+    spool.close()
+
+
+def test_a_hub_that_cannot_be_let_go_is_fed(tmp_path: Path, hub: HubServer) -> None:
+    failed = threading.Event()
+
+    class Failing(Spool):
+        def remove_sink(self, name: str) -> Future[None]:
+            failed.set()
+            never: Future[None] = Future()
+            never.set_exception(sqlite3.OperationalError("disk I/O error"))
+            return never
+
+    spool = Failing(tmp_path / "spool.db", max_bytes=1 << 30, linger_s=0.0)
+    leaf = Leaf(spool, tmp_path, hub, idle_s=0.05)
+    leaf.forwarding.start()
+    info = leaf.open()
+    leaf.log(info, 1)
+    leaf.spool.end_producer(info.producer_id).result()
+    assert failed.wait(DEADLINE_S)
+    leaf.log(info, 2)
+    wait_until(lambda: hub.steps == [1, 2])
+    leaf.log(leaf.open(3), 3)
+    wait_until(lambda: hub.steps == [1, 2, 3])
+    leaf.close()
+    spool.close()
+
+
+def test_nobody_waits_for_a_hub_that_is_let_go(
+    open_spool: OpenSpool, tmp_path: Path, hub: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="trackagent")
+    now = [0.0]
+    leaf = Leaf(open_spool(), tmp_path, hub, clock=lambda: now[0], idle_s=0.1)
+    leaf.forwarding.start()
+    info = leaf.open()
+    node = producer(9, run_id=node_run_id("host-a"), sampled="node host-a")
+    leaf.spool.open_producer(node, {}).result()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    hub.hold.clear()
+    leaf.log(node, 2)
+    assert hub.held.wait(DEADLINE_S)
+    leaf.spool.end_producer(info.producer_id).result()
+    now[0] = 3600.0
+    wait_until(lambda: "nobody here delivers to the hub" in caplog.text)
+    (pipeline,) = leaf.forwarding.pipelines()
+    leaf.open(4)
+    assert pipeline.is_alive()
+    hub.hold.set()
+    leaf.log(leaf.open(5), 5)
+    wait_until(lambda: hub.steps == [1, 2, 5])
     leaf.close()
 
 

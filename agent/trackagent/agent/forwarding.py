@@ -7,6 +7,7 @@ the spool before the first byte for it, and goes when nobody here delivers to it
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -82,8 +83,10 @@ class Forwarding:
         self._reducer = reducer
         self._idle_s = idle_s
         self._clock = clock
+        # Held to begin a hub's sink or to end one, and never while a hub is waited for.
         self._lock = threading.Lock()
-        self._pipelines: dict[str, Pipeline] = {}
+        # Replaced and never changed: who asks does not wait.
+        self._pipelines: Mapping[str, Pipeline] = {}
         self._used: dict[str, float] = {}
         self._stopping = threading.Event()
         self._sweeper = threading.Thread(target=self._sweep_often, name="routes", daemon=True)
@@ -100,14 +103,15 @@ class Forwarding:
     def stop(self, timeout_s: float) -> None:
         """Delivers what is spooled, to all hubs together for at most about timeout_s."""
         self._stopping.set()
-        self._sweeper.join()
+        with self._lock:  # from here on no sink is begun
+            pipelines = self.pipelines()
         stopping = [
             threading.Thread(target=pipeline.stop, args=(timeout_s,), name="stop")
-            for pipeline in self.pipelines()
+            for pipeline in pipelines
         ]
         for thread in stopping:
             thread.start()
-        for thread in stopping:
+        for thread in [*stopping, self._sweeper]:
             thread.join()
 
     def route(self, run_id: str, hub: Hub) -> str:
@@ -122,14 +126,12 @@ class Forwarding:
         self._routes.note(run_id, hub)
         with self._lock:
             self._used[hub.pin] = self._clock()
-            if hub.pin not in self._pipelines:
-                self._begin_hub(hub.pin)
+            self._feed(hub.pin)
         return hub.pin
 
     def pipelines(self) -> list[Pipeline]:
         """Those of the hubs."""
-        with self._lock:
-            return list(self._pipelines.values())
+        return list(self._pipelines.values())
 
     def address(self, sink: str) -> str:
         """Where the hub of a sink was last said to be, or ""."""
@@ -137,6 +139,12 @@ class Forwarding:
             if _sink_name(pin) == sink:
                 return self._routes.address(pin) or ""
         return ""
+
+    def _feed(self, pin: str) -> None:
+        """Begins the hub's sink, unless it is there and fed."""
+        fed = self._pipelines.get(pin)
+        if fed is None or not fed.is_alive():
+            self._begin_hub(pin)
 
     def _begin_hub(self, pin: str) -> None:
         sink = ForwardSink(
@@ -158,7 +166,7 @@ class Forwarding:
         )
         self._used.setdefault(pin, self._clock())
         pipeline.start()
-        self._pipelines[pin] = pipeline
+        self._pipelines = {**self._pipelines, pin: pipeline}
 
     def _goes_to(self, pin: str, info: ProducerInfo) -> bool:
         """What is sampled of the node goes to every hub that has runs here, or had a moment ago."""
@@ -188,21 +196,37 @@ class Forwarding:
         while not self._stopping.wait(min(SWEEP_INTERVAL_S, self._idle_s)):
             try:
                 self._sweep()
-            except AgentError as error:
+            except (AgentError, OSError, sqlite3.Error) as error:
                 logger.warning("cannot look which hubs are needed: %s; trying again", error)
 
     def _sweep(self) -> None:
         """Ends the sinks of hubs that nobody here delivers to any more, and that have everything but samples:
         a hub that ends with its job does not wait for those, and may never come back for them."""
         here = {info.hub for info in self._spool.not_ended().result() if not info.sampled}
+        for pin, pipeline in self._pipelines.items():
+            if pin in here:
+                self._used[pin] = self._clock()
+            if self._is_idle(pin) and not pipeline.dead_letters()[0] and self._has_all(pin):
+                self._let_go(pin, pipeline)
+            else:
+                self._go_on(pin)
+
+    def _let_go(self, pin: str, pipeline: Pipeline) -> None:
+        """The sink is fed again where that is not done in the end: somebody came, or the spool failed."""
+        logger.info("nobody here delivers to the hub %s any more", pin[:PIN_CHARACTERS])
+        pipeline.stop(0.0)  # as long as a call may take
         with self._lock:
-            for pin, pipeline in list(self._pipelines.items()):
-                if pin in here:
-                    self._used[pin] = self._clock()
-                if self._is_idle(pin) and not pipeline.dead_letters()[0] and self._has_all(pin):
-                    pipeline.stop(0.0)
-                    del self._pipelines[pin], self._used[pin]
-                    self._spool.remove_sink(pipeline.sink_name).result()
+            if self._is_idle(pin) and self._has_all(pin):
+                self._spool.remove_sink(pipeline.sink_name).result()
+                self._pipelines = {one: fed for one, fed in self._pipelines.items() if one != pin}
+                del self._used[pin]
+                return
+        self._go_on(pin)
+
+    def _go_on(self, pin: str) -> None:
+        with self._lock:
+            if not self._stopping.is_set():
+                self._feed(pin)
 
     def _has_all(self, pin: str) -> bool:
         awaited = self._spool.awaited(_sink_name(pin)).result()
