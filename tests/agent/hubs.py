@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -24,6 +26,9 @@ from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
 
 ORIGIN = "c" * 32
 RUN_TOKEN = "d" * 32
+FORWARD = "/trackagent.v1.Hub/Forward"
+# As it is seen by a hub that listens at 127.0.0.1.
+ONE = "127.0.0.1"
 CLUSTER_TOKEN = "0123456789abcdef" * 4
 
 
@@ -156,6 +161,57 @@ def refused(
     except grpc.RpcError as error:
         return error.code(), error.details() or ""
     raise AssertionError(f"it was answered: {answer}")
+
+
+def connect(hub: RunningHub, host: str = ONE) -> socket.socket:
+    return socket.create_connection((ONE, hub.port), DEADLINE_S, source_address=(host, 0))
+
+
+def encrypted(hub: RunningHub, host: str = ONE) -> ssl.SSLSocket:
+    """A connection of a host that nobody has checked."""
+    context = tls._context(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(connect(hub, host))
+
+
+class Owing:
+    """A host that has begun calls of Forward, whose messages it owes."""
+
+    def __init__(
+        self, hub: RunningHub, host: str, calls: int, headers: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self.connection = encrypted(hub, host)
+        self.connection.settimeout(DEADLINE_S)
+        self.connection.sendall(tls.GREETING)
+        fields = [
+            (":method", "POST"),
+            (":scheme", "https"),
+            (":path", FORWARD),
+            (":authority", "hub"),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+            *headers,
+        ]
+        # HEADERS, END_HEADERS (RFC 9113, 6.2) of fields that are not compressed (RFC 7541, 6.2.2).
+        said = b"".join(
+            b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in field)
+            for field in fields
+        )
+        for number in range(calls):
+            stream = (2 * number + 1).to_bytes(4, "big")
+            self.connection.sendall(len(said).to_bytes(3, "big") + b"\x01\x04" + stream + said)
+
+    def __enter__(self) -> Owing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    def wait_for_an_answer(self) -> None:
+        """Until one of the calls has been refused."""
+        file = self.connection.makefile("rb")
+        while (head := file.read(9))[3] != 1:
+            file.read(int.from_bytes(head[:3], "big"))
 
 
 def token_file(folder: Path, token: str = CLUSTER_TOKEN) -> Path:

@@ -7,20 +7,25 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from tests.agent.hubs import (
+    FORWARD,
     RUN_TOKEN,
+    Owing,
     RunningHub,
     Start,
     batch,
+    bearer,
     grant,
     part,
     refused,
     request,
+    token_file,
 )
 from tests.agent.samples import producer
 from tests.fakes import DEADLINE_S, Folders, wait_until
@@ -30,7 +35,6 @@ from trackagent.agent.relay import Bucket
 from trackagent.agent.store.contract import BatchId
 from trackagent.protos.v1 import hub_pb2
 
-FORWARD = "/trackagent.v1.Hub/Forward"
 Code = grpc.StatusCode
 LARGE_BYTES = 4 * 1024 * 1024
 
@@ -61,7 +65,7 @@ class Slow:
         self.commits: list[Future[None]] = []
         self._spool = hub.spool
         self._accept = hub.spool.accept
-        hub.spool.accept = self._begun  # type: ignore[method-assign]
+        hub.spool.accept = self._begun  # type: ignore[assignment]
 
     def _begun(self, id_: BatchId, data: bytes, node: str) -> Future[None]:
         self._accept(id_, data, node)
@@ -104,25 +108,26 @@ def test_what_a_hub_has_no_room_for_stays_where_it_is(
 ) -> None:
     monkeypatch.setattr(listener, "Bucket", Counted)
     hub = start_hub({"held_bytes": MAX_MESSAGE_BYTES + LARGE_BYTES // 2, "turn_timeout_s": 0.2})
-    slow = Slow(hub)
     with hub.connected() as stub:
-        held = stub.Forward.future(large(1), timeout=DEADLINE_S)
+        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+        slow = Slow(hub)
+        held = stub.Forward.future(large(2), timeout=DEADLINE_S)
         wait_until(lambda: slow.commits, "the first")
         assert Counted.taken > LARGE_BYTES
         Counted.taken = 0
-        assert refused(stub.Forward, large(2)) == (
+        assert refused(stub.Forward, large(3)) == (
             Code.RESOURCE_EXHAUSTED,
             "the hub is busy: come back",
         )
         assert Counted.taken < LARGE_BYTES // 2
         slow.end()
         held.result(DEADLINE_S)
-        stub.Forward(large(2), timeout=DEADLINE_S)
-    assert len(hub.spool.parts) == 2
+        stub.Forward(large(3), timeout=DEADLINE_S)
+    assert len(hub.spool.parts) == 3
 
 
 def test_a_message_has_so_long_to_come(start_hub: Start) -> None:
-    hub = start_hub({"read_timeout_s": 0.1, "held_bytes": MAX_MESSAGE_BYTES})
+    hub = start_hub({"read_timeout_s": 0.1, "strange_bytes": MAX_MESSAGE_BYTES})
     ends = threading.Event()
 
     def never() -> Iterator[bytes]:
@@ -138,4 +143,32 @@ def test_a_message_has_so_long_to_come(start_hub: Start) -> None:
     # And what was taken for it is free.
     with hub.connected() as stub:
         stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+    assert len(hub.spool.parts) == 1
+
+
+def test_strangers_hold_up_none_who_may_deliver(start_hub: Start) -> None:
+    hub = start_hub({"turn_timeout_s": 0.2})
+    with hub.connected() as stub, hub.connected() as new, contextlib.ExitStack() as opened:
+        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+        for number in range(8):
+            owing = opened.enter_context(Owing(hub, f"127.0.0.{2 + number}", 8))
+            owing.wait_for_an_answer()
+        assert refused(new.Forward, request(grants=[grant()]))[1] == "the hub is busy: come back"
+        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S)
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+def test_a_host_that_owes_its_messages_holds_no_other_up(
+    start_hub: Start, tmp_path: Path, with_token: bool
+) -> None:
+    limits = {
+        "turn_timeout_s": 0.2,
+        "held_bytes": 3 * MAX_MESSAGE_BYTES,
+        "strange_bytes": 2 * MAX_MESSAGE_BYTES,
+    }
+    hub = start_hub(limits, token_file=token_file(tmp_path))
+    metadata = bearer() if with_token else []
+    with hub.connected() as stub, Owing(hub, "127.0.0.2", 8, metadata) as owing:
+        owing.wait_for_an_answer()
+        stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S, metadata=metadata)
     assert len(hub.spool.parts) == 1

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,21 @@ import grpc
 import pytest
 
 from tests.agent.certificates import DAY, Authority, now
-from tests.agent.hubs import RUN_TOKEN, RunningHub, Start, grant, refused, request
+from tests.agent.hubs import (
+    FORWARD,
+    ONE,
+    RUN_TOKEN,
+    Owing,
+    RunningHub,
+    Start,
+    bearer,
+    connect,
+    encrypted,
+    grant,
+    refused,
+    request,
+    token_file,
+)
 from tests.agent.samples import producer
 from tests.fakes import DEADLINE_S, Folders, wait_until
 from trackagent.agent import hubserver, tls
@@ -25,7 +40,7 @@ from trackagent.agent.relay import Bucket
 from trackagent.agent.tls import Files, Untrusted
 from trackagent.protos.v1 import hub_pb2_grpc
 
-ONE, OTHER = "127.0.0.1", "127.0.0.2"
+OTHER = "127.0.0.2"
 
 
 @pytest.fixture
@@ -65,17 +80,6 @@ def log(caplog: pytest.LogCaptureFixture) -> Log:
         )
 
     return found
-
-
-def connect(hub: RunningHub, host: str = ONE) -> socket.socket:
-    return socket.create_connection((ONE, hub.port), DEADLINE_S, source_address=(host, 0))
-
-
-def encrypted(hub: RunningHub, host: str = ONE) -> ssl.SSLSocket:
-    """A connection of a host that nobody has checked."""
-    context = tls._context(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context.wrap_socket(connect(hub, host))
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -174,6 +178,38 @@ def test_who_may_deliver_stays(start_hub: Start) -> None:
     assert states[-1] == grpc.ChannelConnectivity.READY
     assert states.count(grpc.ChannelConnectivity.READY) == 1
     channel.close()
+
+
+@pytest.mark.parametrize("with_token", [True, False])
+def test_whose_first_message_takes_its_time_stays(
+    start_hub: Start, tmp_path: Path, with_token: bool
+) -> None:
+    hub = start_hub({"handshake_s": 0.5}, token_file=token_file(tmp_path) if with_token else None)
+    cut_off = threading.Event()
+
+    def slowly() -> Iterator[bytes]:
+        assert cut_off.wait(DEADLINE_S)
+        yield request(grants=[] if with_token else [grant()]).SerializeToString()
+
+    with contextlib.closing(tls.channel(hub.address, pin=hub.server.pin)) as channel:
+        metadata = bearer() if with_token else []
+        call = channel.stream_unary(FORWARD).future(slowly(), DEADLINE_S, metadata)
+        for _ in range(2):  # the first may be older than the call's connection
+            with encrypted(hub, OTHER) as silent:
+                silent.sendall(tls.GREETING)
+                assert is_closed(silent)
+        cut_off.set()
+        call.result(DEADLINE_S)
+    assert len(hub.spool.parts) == 1
+
+
+def test_who_only_begins_a_call_is_cut_off(start_hub: Start, log: Log) -> None:
+    hub = start_hub({"handshake_s": 0.2, "first_call_s": 0.3})
+    with Owing(hub, OTHER, 1) as owing:
+        assert is_closed(owing.connection)
+    assert log("refused") == (
+        "refused 127.0.0.2: it has not shown within 0.5 s that it may deliver here"
+    )
 
 
 def test_strangers_of_many_hosts_hold_no_other_up(start_hub: Start) -> None:

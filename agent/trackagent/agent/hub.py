@@ -1,7 +1,8 @@
 """The Hub service: takes what other nodes forward, for those who may deliver it, and hands it to the spool.
 
 Whoever calls is believed nothing. Their bytes are read, within a deadline, once there is room for a whole
-message, which counts until the call is answered. Who may deliver is asked before anything is unpacked; then
+message, which counts until the call is answered; those who have yet to show that they may deliver have room
+of their own, and hold nobody else up. Who may deliver is asked before anything is unpacked; then
 each part is decoded, large ones on a thread, to see that a store could take it and that all its runs are
 granted. What goes on to the spool is the part as it came.
 """
@@ -29,7 +30,7 @@ from trackagent.agent.interceptors import WHAT_IS_WRONG
 from trackagent.agent.listener import Peer
 from trackagent.agent.meeting import BadMeeting, NoHub, NoRoom, Table
 from trackagent.agent.refusals import Refusals
-from trackagent.agent.shares import Share
+from trackagent.agent.shares import Callers, Host, Share
 from trackagent.agent.spool import Overlaps, SpoolError, SpoolFull
 from trackagent.agent.store.contract import Batch, BatchId, StoreError, node_run_id
 from trackagent.agent.tokens import TokenTable
@@ -54,8 +55,10 @@ MAX_TOLD = 10_000
 CALLS_PER_S, MAX_GATHER_S = 320, 10
 # Unpacked, of a call: so much is checked in the loop, in less time than it takes to have a thread do it.
 MAX_BYTES_HERE = 64 * 1024
-# What calls hold of their messages until they are answered; one that is being read may become a whole one.
-MAX_HELD_BYTES = 16 * MAX_MESSAGE_BYTES
+# What calls hold of their messages until they are answered; one that is being read may become a whole one. Of
+# those who have shown that they may deliver, and of strangers; and how many of a host are read at a time.
+MAX_HELD_BYTES, MAX_READING_OF_A_HOST = 10 * MAX_MESSAGE_BYTES, 2
+MAX_STRANGE_BYTES, MAX_READING_OF_A_STRANGE_HOST = 6 * MAX_MESSAGE_BYTES, 1
 _ORIGIN = re.compile(r"[0-9a-f]{32}")
 _BEARER = "Bearer "
 _Code = grpc.StatusCode
@@ -106,6 +109,7 @@ class Hub:
         cluster_token: str,
         version: str,
         held_bytes: int = MAX_HELD_BYTES,
+        strange_bytes: int = MAX_STRANGE_BYTES,
         read_timeout_s: float = READ_TIMEOUT_S,
         turn_timeout_s: float = TURN_TIMEOUT_S,
     ) -> None:
@@ -115,8 +119,9 @@ class Hub:
         self._cluster_token = cluster_token.encode()
         self._version = version
         self._read_timeout_s, self._turn_timeout_s = read_timeout_s, turn_timeout_s
-        self._hosts: dict[str, _Host] = {}
-        self._room = Share(held_bytes)
+        calls = MAX_CALLS_OF_A_HOST
+        self._known_ones = Callers(held_bytes, calls, MAX_READING_OF_A_HOST)
+        self._strangers = Callers(strange_bytes, calls, MAX_READING_OF_A_STRANGE_HOST)
         self._threads = ThreadPoolExecutor(2, "hub")
         self._told: set[str] = set()
 
@@ -142,6 +147,7 @@ class Hub:
             if peer is None:
                 await context.abort(_Code.UNAVAILABLE, "the connection has ended")
                 raise AssertionError("abort returned")
+            peer.calls += 1
             try:
                 return await self._answered(kind, answer, peer, context)
             except _Refused as refused:
@@ -149,6 +155,8 @@ class Hub:
                     self._refusals.tell(peer.host, refused.message)
                 await context.abort(refused.code, refused.message)
                 raise AssertionError("abort returned") from None
+            finally:
+                peer.calls -= 1
 
         return grpc.stream_unary_rpc_method_handler(serve)
 
@@ -156,9 +164,11 @@ class Hub:
         self, kind: Any, answer: Callable[..., Any], peer: Peer, context: Context
     ) -> bytes:
         """Serves a call in one of its host's turns. Its message is held until it is answered."""
-        host = self._hosts.get(peer.host)
-        if host is None:
-            host = self._hosts[peer.host] = _Host()
+        for_all = self._is_of_the_cluster(peer, context)
+        if for_all:  # before its message, which may take longer than strangers have
+            self._welcomed(peer, context)
+        callers = self._known_ones if peer.welcome else self._strangers
+        host = callers.of(peer.host)
         if host.calls >= MAX_CALLS_OF_A_HOST + MAX_WAITING_OF_A_HOST:
             raise _Refused(
                 _Code.RESOURCE_EXHAUSTED,
@@ -168,21 +178,25 @@ class Hub:
         try:
             await self._turn(host.turns, 1)
             try:
-                data = await self._read(context)
+                data = await self._read(host, callers.room, context)
                 size = len(data)
                 try:
-                    answering = answer(_parsed(kind, data), peer, context)
+                    answering = answer(_parsed(kind, data), peer, for_all, context)
                     del data  # the request has it, and this would be a second one
                     response = await answering
                     return bytes(response.SerializeToString())
                 finally:
-                    self._room.give(size)
+                    callers.room.give(size)
             finally:
                 host.turns.give(1)
         finally:
             host.calls -= 1
             if not host.calls:
-                del self._hosts[peer.host]
+                del callers.hosts[peer.host]
+
+    def _welcomed(self, peer: Peer, context: Context) -> None:
+        if not peer.welcome:
+            self._welcome(context.peer())
 
     async def _turn(self, share: Share, size: int) -> None:
         try:
@@ -190,19 +204,23 @@ class Hub:
         except asyncio.TimeoutError:
             raise _Refused(_Code.RESOURCE_EXHAUSTED, "the hub is busy: come back", False) from None
 
-    async def _read(self, context: Context) -> bytes:
+    async def _read(self, host: Host, room: Share, context: Context) -> bytes:
         """A call's message, for which room is taken."""
-        # gRPC reads a message whole, and says its size then.
-        await self._turn(self._room, MAX_MESSAGE_BYTES)
-        size = 0
+        await self._turn(host.reading, 1)
         try:
-            data = await self._within_time(context)
-            if not isinstance(data, bytes):
-                raise _Refused(_Code.INVALID_ARGUMENT, WHAT_IS_WRONG)
-            size = len(data)
-            return data
+            # gRPC reads a message whole, and says its size then.
+            await self._turn(room, MAX_MESSAGE_BYTES)
+            size = 0
+            try:
+                data = await self._within_time(context)
+                if not isinstance(data, bytes):
+                    raise _Refused(_Code.INVALID_ARGUMENT, WHAT_IS_WRONG)
+                size = len(data)
+                return data
+            finally:
+                room.give(MAX_MESSAGE_BYTES - size)
         finally:
-            self._room.give(MAX_MESSAGE_BYTES - size)
+            host.reading.give(1)
 
     async def _within_time(self, context: Context) -> Any:
         """asyncio.wait_for would begin a task for each call."""
@@ -227,9 +245,9 @@ class Hub:
     # --- Forward
 
     async def _forward(
-        self, request: hub_pb2.ForwardRequest, peer: Peer, context: Context
+        self, request: hub_pb2.ForwardRequest, peer: Peer, for_all: bool, context: Context
     ) -> hub_pb2.ForwardResponse:
-        runs = await self._granted(request.grants, peer, context)
+        runs = None if for_all else await self._granted(request.grants, peer, context)
         self._check_version(request.protocol_version)
         if not NODE_NAME.fullmatch(request.node):
             raise _Refused(
@@ -258,19 +276,19 @@ class Hub:
         )
 
     async def _known(
-        self, request: hub_pb2.KnownRequest, peer: Peer, context: Context
+        self, request: hub_pb2.KnownRequest, peer: Peer, for_all: bool, context: Context
     ) -> hub_pb2.KnownResponse:
-        await self._granted(request.grants, peer, context)
+        if not for_all:
+            await self._granted(request.grants, peer, context)
         self._check_version(request.protocol_version)
         ranges = await _committed(self._spool.arrived(_origin(request.origin)))
         return hub_pb2.KnownResponse(last=max((last for _, last in ranges), default=0))
 
     async def _meet(
-        self, request: agent_pb2.MeetRequest, peer: Peer, context: Context
+        self, request: agent_pb2.MeetRequest, peer: Peer, for_all: bool, context: Context
     ) -> agent_pb2.MeetResponse:
-        if not self._is_of_the_cluster(peer, context):
+        if not for_all:
             raise _Refused(_Code.UNAUTHENTICATED, _unknown(self._cluster_token, [], context))
-        self._welcome(context.peer())
         try:
             return await self._table.meet(request)
         except BadMeeting as error:
@@ -297,11 +315,8 @@ class Hub:
 
     async def _granted(
         self, grants: Sequence[hub_pb2.Grant], peer: Peer, context: Context
-    ) -> frozenset[str] | None:
-        """The runs that the caller may deliver, None for all."""
-        if self._is_of_the_cluster(peer, context):
-            self._welcome(context.peer())
-            return None
+    ) -> frozenset[str]:
+        """The runs that the caller may deliver."""
         if len(grants) > MAX_GRANTS:
             raise _Refused(
                 _Code.INVALID_ARGUMENT, f"{len(grants)} grants: expected at most {MAX_GRANTS}"
@@ -320,7 +335,7 @@ class Hub:
             ) from None
         if not runs:
             raise _Refused(_Code.UNAUTHENTICATED, _unknown(self._cluster_token, grants, context))
-        self._welcome(context.peer())
+        self._welcomed(peer, context)
         return runs
 
     def _good(self, grants: Sequence[hub_pb2.Grant]) -> frozenset[str]:
@@ -422,13 +437,3 @@ async def _committed(job: Future[Any]) -> Any:
 def _cut_off(task: asyncio.Task[Any], late: list[bool]) -> None:
     late.append(True)
     task.cancel()
-
-
-class _Host:
-    """The calls of a host, and its turns."""
-
-    __slots__ = ("calls", "turns")
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.turns = Share(MAX_CALLS_OF_A_HOST)

@@ -18,7 +18,7 @@ import socket
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 BACKLOG = 512
 RETRY_S = 0.1
 HANDSHAKE_S = 10.0
+# So much longer where a call has begun: what shows that the peer may deliver comes with its message.
+FIRST_CALL_S = 20.0
 MAX_STRANGERS, MAX_STRANGERS_OF_A_HOST = 256, 32
 # What one host may send on all its connections, and at once.
 BYTES_PER_S, BURST_BYTES = 32 * 1024 * 1024, 64 * 1024 * 1024
@@ -43,12 +45,16 @@ _LAST_WORDS_S = 5.0
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Peer:
-    """Who is at the other end: its address, and the name in its certificate by the hub's CA, "" if none."""
+    """Who is at the other end: its address, and the name in its certificate by the hub's CA, "" if none.
+
+    welcome: it has shown that it may deliver. calls: those of it that the service has begun with."""
 
     host: str
     certified: str = ""
+    welcome: bool = False
+    calls: int = 0
 
 
 class Listener:
@@ -65,13 +71,15 @@ class Listener:
         *,
         max_connections: int,
         handshake_s: float = HANDSHAKE_S,
+        first_call_s: float = FIRST_CALL_S,
         bytes_per_s: float = BYTES_PER_S,
         burst_bytes: int = BURST_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._port, self._inner = port, inner
         self._context, self._refusals = context, refusals
-        self._most, self._handshake_s = max_connections, handshake_s
+        self._most = max_connections
+        self._handshake_s, self._first_call_s = handshake_s, first_call_s
         self._new_bucket = partial(Bucket, bytes_per_s, burst_bytes, clock)
         # In the names of this listener's ends, so that nobody else's can look like one.
         self._token = secrets.token_hex(8)
@@ -105,6 +113,8 @@ class Listener:
 
     def welcome(self, name: str) -> None:
         """A peer, as gRPC names it, has shown that it may deliver."""
+        if (peer := self._peers.get(name)) is not None:
+            peer.welcome = True
         known = self._unknown.pop(name, None)
         if known is not None and not known.done():
             known.set_result(None)
@@ -234,7 +244,7 @@ class Listener:
         with socket.socket(socket.AF_UNIX) as own:
             own.setblocking(False)
             own.bind(f"\0{name}")
-            self._peers[known] = Peer(host, outer.certified)
+            peer = self._peers[known] = Peer(host, outer.certified)
             welcome = self._unknown[known] = loop.create_future()
             inner = None
             try:
@@ -242,17 +252,13 @@ class Listener:
                 _, inner = await loop.create_unix_connection(Side, sock=own)
                 outer.join(inner)
                 inner.join(outer)
-                await asyncio.wait(
-                    (outer.lost, inner.lost, welcome),
-                    timeout=self._handshake_s,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if welcome.done():
+                waited_s = await self._shown(peer, (outer.lost, inner.lost, welcome))
+                if peer.welcome:
                     self._forget_stranger(host)
                     ends = (outer.lost, inner.lost)
                     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 elif outer.received and not outer.lost.done() and not inner.lost.done():
-                    waited = f"within {self._handshake_s:g} s"
+                    waited = f"within {waited_s:g} s"
                     self._refusals.tell(host, f"it has not shown {waited} that it may deliver here")
                 outer.close()
                 inner.close()
@@ -269,6 +275,15 @@ class Listener:
                 "it left without a word when it had seen this hub's certificate: it may look for another "
                 "hub, by its pin or its token",
             )
+
+    async def _shown(self, peer: Peer, any_of: Iterable[asyncio.Future[None]]) -> float:
+        """Waits for one of them. How long that may take: longer where the peer is in the middle of a call."""
+        wait = partial(asyncio.wait, tuple(any_of), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await wait(timeout=self._handshake_s)
+        if done or not peer.calls:
+            return self._handshake_s
+        await wait(timeout=self._first_call_s)
+        return self._handshake_s + self._first_call_s
 
     def _bucket(self, host: str) -> Bucket:
         """The host's; who comes again goes on with it."""

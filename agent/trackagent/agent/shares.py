@@ -60,3 +60,30 @@ class Share:
 def _give_up(waiting: asyncio.Future[None]) -> None:
     if not waiting.done():
         waiting.set_exception(asyncio.TimeoutError())
+
+
+class Host:
+    """What a host has: its turns, for so many of them to read what it sends, and the calls that are there."""
+
+    __slots__ = ("calls", "reading", "turns")
+
+    def __init__(self, turns: int, reading: int) -> None:
+        self.calls = 0
+        self.turns, self.reading = Share(turns), Share(reading)
+
+
+class Callers:
+    """Those who share room for so many bytes. hosts: those with calls."""
+
+    __slots__ = ("_reading", "_turns", "hosts", "room")
+
+    def __init__(self, room: int, turns_of_a_host: int, reading_of_a_host: int) -> None:
+        self.room = Share(room)
+        self.hosts: dict[str, Host] = {}
+        self._turns, self._reading = turns_of_a_host, reading_of_a_host
+
+    def of(self, name: str) -> Host:
+        host = self.hosts.get(name)
+        if host is None:
+            host = self.hosts[name] = Host(self._turns, self._reading)
+        return host
