@@ -2,112 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
-import sqlite3
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
-from tests.agent.samples import RUN_ID, losses, metrics, producer
-from tests.agent.sinks import FakeSink
+from tests.agent.leaves import NODE, PIN, TOKEN, HubServer, Leaf, node_samples
+from tests.agent.samples import RUN_ID, producer
 from tests.agent.spools import OpenSpool
 from tests.fakes import DEADLINE_S, wait_until
 from trackagent.agent import pipeline as pipeline_module
-from trackagent.agent.deadletters import DeadLetters, found, mark
-from trackagent.agent.forwarding import Forwarding
-from trackagent.agent.pipeline import Pipeline
-from trackagent.agent.routes import Routes
+from trackagent.agent.deadletters import found, mark
 from trackagent.agent.sinks.forward import ForwardSink, HubRefused
-from trackagent.agent.spool import Spool, SpoolError
-from trackagent.agent.store.contract import Batch, BatchId, ProducerInfo, node_run_id
-from trackagent.client.hub import Hub
+from trackagent.agent.spool import Spool
+from trackagent.agent.store.contract import Batch, BatchId
 from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
-
-PIN, TOKEN = "1" * 64, "c" * 32
-
-
-class HubServer(hub_pb2_grpc.HubServicer):
-    """A hub without TLS: takes parts into a spool of its own, and from there into a sink. answers: what the
-    next calls end with instead; forgets: whether it then has taken what it does not answer."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._begin()
-        self.answers: list[grpc.StatusCode] = []
-        self.gather_ms = 0
-        self.takes_unanswered = False
-        # Calls wait while it is not set.
-        self.hold, self.held = threading.Event(), threading.Event()
-        self.hold.set()
-        self.requests: list[hub_pb2.ForwardRequest] = []
-        self.port = 0
-        self._server: grpc.Server | None = None
-        self.start()
-
-    def _begin(self) -> None:
-        folder = self._folder
-        folder.mkdir()
-        self._spool = Spool(folder / "spool.db", max_bytes=1 << 30, linger_s=0.0)
-        self.sink = FakeSink("hub")
-        self._pipeline = Pipeline(
-            self._spool,
-            self.sink,
-            interval_s=0.01,
-            dead_letters=DeadLetters(folder / "letters", "hub", max_bytes=1 << 30),
-        )
-        self._pipeline.start()
-
-    def arrived(self, origin: str) -> list[tuple[int, int]]:
-        return self._spool.arrived(origin).result()
-
-    def lose_everything(self) -> None:
-        """Its folder is gone, and another one begun."""
-        self.close()
-        shutil.rmtree(self._folder)
-        self._begin()
-        self.start()
-
-    def start(self) -> None:
-        self._server = grpc.server(ThreadPoolExecutor(4))
-        hub_pb2_grpc.add_HubServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
-        self._server.start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop(0).wait()
-
-    def close(self) -> None:
-        self.stop()
-        self._pipeline.stop(DEADLINE_S)
-        self._spool.close()
-
-    def Forward(self, request: hub_pb2.ForwardRequest, context: Any) -> hub_pb2.ForwardResponse:
-        if not self.hold.is_set():
-            self.held.set()
-            self.hold.wait(DEADLINE_S)
-        answer = self.answers.pop(0) if self.answers else None
-        if answer is None or self.takes_unanswered:
-            for part in request.parts:
-                id_ = BatchId(part.origin, part.first, part.last)
-                self._spool.accept(id_, part.SerializeToString(), request.node).result()
-        if answer is not None:
-            context.abort(answer, "not now")
-        self.requests.append(request)
-        return hub_pb2.ForwardResponse(gather_ms=self.gather_ms)
-
-    def Known(self, request: hub_pb2.KnownRequest, context: Any) -> hub_pb2.KnownResponse:
-        ranges = self.arrived(request.origin)
-        return hub_pb2.KnownResponse(last=ranges[-1][1] if ranges else 0)
-
-    @property
-    def steps(self) -> list[int]:
-        return self.sink.steps
 
 
 @pytest.fixture
@@ -115,52 +25,6 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
     server = HubServer(tmp_path / "hub")
     yield server
     server.close()
-
-
-class Leaf:
-    """An agent's part of forwarding, on a spool and routes of its own."""
-
-    def __init__(self, spool: Spool, folder: Path, hub: HubServer, **options: Any) -> None:
-        self.spool, self.hub = spool, hub
-        self.letters = folder / "letters"
-        self.routes = Routes(folder / "routes.db", folder / "quarantine")
-        spool.add_sink("store").result()
-        self.reached = threading.Event()
-        self.forwarding = Forwarding(
-            spool,
-            self.routes,
-            node="host-a",
-            interval_s=0.01,
-            dead_letters=lambda sink: DeadLetters(self.letters, sink, max_bytes=1 << 30),
-            connect=self._connect,
-            **options,
-        )
-
-    def _connect(self, address: str, pin: str) -> grpc.Channel:
-        assert pin == PIN
-        self.reached.set()
-        return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
-
-    def open(self, rank: int = 0, **changes: Any) -> ProducerInfo:
-        """A rank whose rank 0 named the hub."""
-        named = Hub(f"127.0.0.1:{self.hub.port}", PIN, TOKEN)
-        info = producer(rank, **changes)
-        info = producer(rank, **{**changes, "hub": self.forwarding.route(info.run_id, named)})
-        self.spool.open_producer(info, {}).result()
-        return info
-
-    def log(self, info: ProducerInfo, *steps: int) -> None:
-        data = losses(range(0)) + b"".join(metrics(0, step, 0.0, 0.0) for step in steps)
-        at = self.spool.committed(info.producer_id).result().get(0, 0)
-        self.spool.append(info.producer_id, 0, at, data).result()
-
-    def origin(self, pipeline: Pipeline) -> str:
-        """Under which it forwards."""
-        return self.spool.add_sink(pipeline.sink_name, apart=True).result()
-
-    def close(self) -> None:
-        self.forwarding.stop(0.0)
-        self.routes.close()
 
 
 @pytest.fixture
@@ -236,10 +100,21 @@ def test_what_goes_elsewhere_is_not_forwarded(leaf: Leaf, hub: HubServer) -> Non
 
 def test_samples_of_the_node_go_with_its_runs(leaf: Leaf, hub: HubServer) -> None:
     leaf.log(leaf.open(), 1)
-    node = producer(9, run_id=node_run_id("host-a"), sampled="node host-a")
+    node = node_samples()
     leaf.spool.open_producer(node, {}).result()
     leaf.log(node, 1_700_000_000)
     wait_until(lambda: hub.steps == [1, 1_700_000_000])
+
+
+def test_what_others_forward_goes_to_no_hub_of_a_run(leaf: Leaf, hub: HubServer) -> None:
+    """Whatever they say their node is."""
+    info = leaf.open()
+    part = hub_pb2.Part(origin="e" * 32, first=1, last=1, content=b"another agent's")
+    id_ = BatchId(part.origin, part.first, part.last)
+    leaf.spool.accept(id_, part.SerializeToString(), NODE).result()
+    leaf.log(info, 1)
+    wait_until(lambda: hub.steps == [1])
+    assert part.origin not in {one.origin for request in hub.requests for one in request.parts}
 
 
 @pytest.mark.parametrize("takes", [False, True])
@@ -461,164 +336,6 @@ def test_an_agent_that_comes_later_forwards_what_is_left(
     again.forwarding.start()
     wait_until(lambda: hub.steps == [1, 2])
     again.close()
-
-
-def test_a_hub_that_nobody_delivers_to_any_more_is_let_go(
-    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
-) -> None:
-    leaf = Leaf(open_spool(), tmp_path, hub, idle_s=0.05)
-    leaf.forwarding.start()
-    info = leaf.open()
-    leaf.log(info, 1)
-    wait_until(lambda: hub.steps == [1])
-    assert any(name.startswith("hub-") for name in leaf.spool.sinks().result())
-    leaf.spool.end_producer(info.producer_id).result()
-    wait_until(lambda: leaf.spool.sinks().result() == ["store"])
-    leaf.log(leaf.open(3), 5)
-    wait_until(lambda: hub.steps == [1, 5])
-    leaf.close()
-
-
-def test_a_hub_is_let_go_after_all_when_the_spool_failed(tmp_path: Path, hub: HubServer) -> None:
-    failures = [sqlite3.OperationalError("disk I/O error"), SpoolError("no space left")]
-
-    class Failing(Spool):
-        def remove_sink(self, name: str) -> Future[None]:
-            if not failures:
-                return super().remove_sink(name)
-            failed: Future[None] = Future()
-            failed.set_exception(failures.pop())
-            return failed
-
-    spool = Failing(tmp_path / "spool.db", max_bytes=1 << 30, linger_s=0.0)
-    leaf = Leaf(spool, tmp_path, hub, idle_s=0.05)
-    leaf.forwarding.start()
-    info = leaf.open()
-    leaf.log(info, 1)
-    wait_until(lambda: hub.steps == [1])
-    leaf.spool.end_producer(info.producer_id).result()
-    wait_until(lambda: leaf.spool.sinks().result() == ["store"])
-    assert not failures
-    leaf.close()
-    spool.close()
-
-
-def test_a_hub_that_cannot_be_let_go_is_fed(tmp_path: Path, hub: HubServer) -> None:
-    failed = threading.Event()
-
-    class Failing(Spool):
-        def remove_sink(self, name: str) -> Future[None]:
-            failed.set()
-            never: Future[None] = Future()
-            never.set_exception(sqlite3.OperationalError("disk I/O error"))
-            return never
-
-    spool = Failing(tmp_path / "spool.db", max_bytes=1 << 30, linger_s=0.0)
-    leaf = Leaf(spool, tmp_path, hub, idle_s=0.05)
-    leaf.forwarding.start()
-    info = leaf.open()
-    leaf.log(info, 1)
-    leaf.spool.end_producer(info.producer_id).result()
-    assert failed.wait(DEADLINE_S)
-    leaf.log(info, 2)
-    wait_until(lambda: hub.steps == [1, 2])
-    leaf.log(leaf.open(3), 3)
-    wait_until(lambda: hub.steps == [1, 2, 3])
-    leaf.close()
-    spool.close()
-
-
-def test_nobody_waits_for_a_hub_that_is_let_go(
-    open_spool: OpenSpool, tmp_path: Path, hub: HubServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="trackagent")
-    now = [0.0]
-    leaf = Leaf(open_spool(), tmp_path, hub, clock=lambda: now[0], idle_s=0.1)
-    leaf.forwarding.start()
-    info = leaf.open()
-    node = producer(9, run_id=node_run_id("host-a"), sampled="node host-a")
-    leaf.spool.open_producer(node, {}).result()
-    leaf.log(info, 1)
-    wait_until(lambda: hub.steps == [1])
-    hub.hold.clear()
-    leaf.log(node, 2)
-    assert hub.held.wait(DEADLINE_S)
-    leaf.spool.end_producer(info.producer_id).result()
-    now[0] = 3600.0
-    wait_until(lambda: "nobody here delivers to the hub" in caplog.text)
-    (pipeline,) = leaf.forwarding.pipelines()
-    leaf.open(4)
-    assert pipeline.is_alive()
-    hub.hold.set()
-    leaf.log(leaf.open(5), 5)
-    wait_until(lambda: hub.steps == [1, 2, 5])
-    leaf.close()
-
-
-def test_samples_hold_no_hub_that_has_ended(
-    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
-) -> None:
-    leaf = Leaf(open_spool(), tmp_path, hub, idle_s=0.05)
-    leaf.forwarding.start()
-    info = leaf.open()
-    leaf.log(info, 1)
-    wait_until(lambda: hub.steps == [1])
-    hub.stop()
-    for sampled in (
-        producer(8, sampled="rank 0", hub=info.hub),
-        producer(9, run_id=node_run_id("host-a"), sampled="node host-a"),
-    ):
-        leaf.spool.open_producer(sampled, {}).result()
-        leaf.log(sampled, 1_700_000_000)
-    leaf.spool.end_producer(info.producer_id).result()
-    wait_until(lambda: leaf.spool.sinks().result() == ["store"])
-    leaf.close()
-
-
-def test_what_a_run_logged_waits_for_a_hub_that_is_away(
-    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
-) -> None:
-    looked = threading.Event()
-
-    class Watched(Spool):
-        def awaited(self, sink: str) -> Future[list[ProducerInfo]]:
-            found = super().awaited(sink)
-            found.add_done_callback(lambda _: looked.set())
-            return found
-
-    spool = Watched(tmp_path / "spool.db", max_bytes=1 << 30, linger_s=0.0)
-    leaf = Leaf(spool, tmp_path, hub, idle_s=0.05)
-    leaf.forwarding.start()
-    hub.stop()
-    info = leaf.open()
-    leaf.log(info, 1)
-    leaf.spool.end_producer(info.producer_id).result()
-    for _ in range(2):
-        looked.clear()
-        assert looked.wait(DEADLINE_S)
-    hub.start()
-    wait_until(lambda: hub.steps == [1])
-    leaf.close()
-    spool.close()
-
-
-def test_a_hub_gets_no_samples_once_its_runs_have_ended(
-    open_spool: OpenSpool, tmp_path: Path, hub: HubServer
-) -> None:
-    now = [0.0]
-    leaf = Leaf(open_spool(), tmp_path, hub, clock=lambda: now[0])
-    leaf.forwarding.start()
-    info = leaf.open()
-    node = producer(9, run_id=node_run_id("host-a"), sampled="node host-a")
-    leaf.spool.open_producer(node, {}).result()
-    leaf.log(node, 1)
-    wait_until(lambda: hub.steps == [1])
-    leaf.spool.end_producer(info.producer_id).result()
-    now[0] = 3600.0
-    leaf.log(node, 2)
-    leaf.log(info, 3)
-    wait_until(lambda: hub.steps == [1, 3])
-    leaf.close()
 
 
 def test_the_hub_of_a_run_stores_it_here_and_lets_others_in(

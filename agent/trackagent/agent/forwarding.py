@@ -18,6 +18,7 @@ import grpc
 
 from trackagent.agent import hubkey, tls
 from trackagent.agent.addresses import hub_address, joined
+from trackagent.agent.collect.recorder import EXPERIMENT
 from trackagent.agent.config import AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
@@ -169,9 +170,10 @@ class Forwarding:
         self._pipelines = {**self._pipelines, pin: pipeline}
 
     def _goes_to(self, pin: str, info: ProducerInfo) -> bool:
-        """What is sampled of the node goes to every hub that has runs here, or had a moment ago."""
-        if info.sampled and info.run_id == node_run_id(self._node) == node_run_id(info.node):
-            return not self._is_idle(pin)
+        """What is sampled of the node goes to every hub that has runs here, or had a moment ago; what other
+        agents forward goes to none of these, whatever they say their node is."""
+        if info.experiment == EXPERIMENT and info.run_id == node_run_id(self._node):
+            return bool(info.sampled) and not self._is_idle(pin)
         return info.hub == pin
 
     def _is_idle(self, pin: str) -> bool:
