@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from tests.agent.spools import spooled
+from tests.agent.samples import TIME_NS
+from tests.agent.spools import OpenSpool, delivery, spooled
 from trackagent.agent.arrivals import Arrivals
-from trackagent.agent.spool import Spool
+from trackagent.agent.spool import Forgotten, Spool
 from trackagent.agent.store.contract import BatchId, StoreError
 
 ORIGIN, OTHER = "ab" * 16, "cd" * 16
@@ -80,6 +81,48 @@ def test_a_spool_that_knows_an_origin_needs_to_ask_nobody(
     opened.accept(BatchId(ORIGIN, 20, 20), b"20-20   ", "host-b").result()
     accept(arrivals, 21, 21)
     assert before.asked == []
+
+
+def test_it_is_asked_again_for_what_the_spool_has_forgotten(
+    open_spool: OpenSpool, before: Before
+) -> None:
+    now_ns = TIME_NS
+    spool = open_spool(clock=lambda: now_ns)
+    arrivals = Arrivals(spool, before)
+    spool.add_sink("store").result()
+    accept(arrivals, 5, 8)
+    spool.delivered("store", delivery(spool).id.last).result()
+    now_ns += 8 * 86_400 * 10**9
+    spool.forget_ended([]).result()
+    assert arrivals.arrived(ORIGIN).result() == [(1, 4), (9, 9)]
+    accept(arrivals, 1, 4)
+    assert (spooled(spool), before.asked) == ([], [ORIGIN, ORIGIN])
+    arrivals.close()
+
+
+def test_what_the_spool_forgets_while_it_is_asked_is_asked_again(
+    open_spool: OpenSpool, before: Before
+) -> None:
+    now_ns = TIME_NS
+    spool = open_spool(clock=lambda: now_ns)
+    spool.add_sink("store").result()
+
+    def forgetting(origin: str) -> Sequence[tuple[int, int]]:
+        """The answer is on its way while something is forgotten."""
+        nonlocal now_ns
+        found = before(origin)
+        spool.accept(BatchId(OTHER, 1, 1), b"1-1     ", "host-c").result()
+        spool.delivered("store", delivery(spool).id.last).result()
+        now_ns += 8 * 86_400 * 10**9
+        spool.forget_ended([]).result()
+        return found
+
+    arrivals = Arrivals(spool, forgetting)
+    with pytest.raises(Forgotten):
+        accept(arrivals, 5, 8)
+    accept(arrivals, 5, 8)
+    assert [data.rstrip() for _, _, data in spooled(spool)] == [b"5-8"]
+    arrivals.close()
 
 
 def test_who_passes_parts_on_takes_none_for_one_that_came_before(

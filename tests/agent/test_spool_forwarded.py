@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.agent.samples import producer
+from tests.agent.samples import TIME_NS, producer
 from tests.agent.spools import DATA, ID, OpenSpool, delivery, spooled
 from tests.agent.test_spool_salvage import spoil
 from tests.fakes import Folders
@@ -20,6 +20,7 @@ from trackagent.agent.spooltables import FORWARDED_LANE, MAX_RANGES
 from trackagent.agent.store.contract import BatchId
 
 ORIGIN = "ab" * 16
+DAY_NS = 86_400 * 10**9
 
 
 def accept(spool: Spool, first: int, last: int, *, origin: str = ORIGIN, size: int = 10) -> None:
@@ -187,6 +188,23 @@ def test_a_range_with_something_new_and_something_that_came_is_refused(
     accept(opened, 6, 6) if other == (8, 9) else None
     with pytest.raises(Overlaps):
         accept(opened, *range_)
+
+
+def test_what_came_of_an_agent_is_known_until_a_week_after_its_last_part(
+    open_spool: OpenSpool,
+) -> None:
+    now_ns = TIME_NS
+    spool = open_spool(clock=lambda: now_ns)
+    spool.add_sink("store").result()
+    for number in range(1, 4):
+        accept(spool, number, number)
+        spool.delivered("store", delivery(spool).id.last).result()
+        now_ns += 6 * DAY_NS
+        spool.forget_ended([]).result()
+        assert spool.arrived(ORIGIN).result() == [(1, number)]
+    now_ns += 2 * DAY_NS
+    spool.forget_ended([]).result()
+    assert spool.arrived(ORIGIN).result() == []
 
 
 def test_a_sink_apart_has_ids_that_no_other_has(open_spool: OpenSpool) -> None:

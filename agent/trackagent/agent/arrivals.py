@@ -33,18 +33,23 @@ class Arrivals:
         self._spool = spool
         self._before = before
         self._lock = threading.Lock()
+        # Since the spool last forgot something.
         self._asked: set[str] = set()
+        self._forgettings = spool.forgettings
         self._askers = ThreadPoolExecutor(_ASKING, thread_name_prefix="arrivals")
 
     def accept(self, id_: BatchId, part: bytes, node: str) -> Future[None]:
         """As Spool.accept."""
-        if self._passes_on or id_.origin in self._asked:
+        if self._passes_on:
             return self._spool.accept(id_, part, node)
+        forgettings = self._spool.forgettings
+        if self._was_asked(id_.origin):
+            return self._spool.accept(id_, part, node, forgettings=forgettings)
         return self._askers.submit(self._accept, id_, part, node)
 
     def arrived(self, origin: str) -> Future[list[tuple[int, int]]]:
         """As Spool.arrived, with what is known of before."""
-        if origin in self._asked:
+        if self._was_asked(origin):
             return self._spool.arrived(origin)
         return self._askers.submit(self._arrived, origin)
 
@@ -52,8 +57,9 @@ class Arrivals:
         self._askers.shutdown()
 
     def _accept(self, id_: BatchId, part: bytes, node: str) -> None:
+        forgettings = self._spool.forgettings
         self._ask(id_.origin)
-        self._spool.accept(id_, part, node).result()
+        self._spool.accept(id_, part, node, forgettings=forgettings).result()
 
     def _arrived(self, origin: str) -> list[tuple[int, int]]:
         if self._passes_on:
@@ -62,9 +68,18 @@ class Arrivals:
         return self._spool.arrived(origin).result()
 
     def _ask(self, origin: str) -> None:
+        forgettings = self._spool.forgettings
         if not self._spool.arrived(origin).result():
             self._spool.note_arrived(origin, self._before(origin)).result()
         with self._lock:
             if len(self._asked) >= _REMEMBERED:
                 self._asked.clear()
-            self._asked.add(origin)
+            if self._spool.forgettings == forgettings:
+                self._asked.add(origin)
+
+    def _was_asked(self, origin: str) -> bool:
+        with self._lock:
+            if self._forgettings != self._spool.forgettings:
+                self._forgettings = self._spool.forgettings
+                self._asked.clear()
+            return origin in self._asked

@@ -35,6 +35,7 @@ from trackagent.client import record
 __all__ = [
     "AGENT_LANE",
     "Delivery",
+    "Forgotten",
     "OutOfOrder",
     "Overlaps",
     "Spool",
@@ -53,6 +54,8 @@ T = TypeVar("T")
 KEPT_PAGES = 2048
 # Ended producers are remembered for this long, in case their bytes come again.
 FORGET_AFTER_S = 7 * 86_400
+# Agents that forward are remembered for so long after their last part; that is noted once a day.
+NOTED_AFTER_S = 86_400
 # What may be remembered of schemas, and what a key of one takes beside its text, about.
 MAX_SCHEMAS_BYTES = 16 * 1024 * 1024
 BYTES_PER_KEY = 64
@@ -65,6 +68,10 @@ class SpoolFull(SpoolError):
 class TooManyHoles(SpoolFull):
     """More ranges of another agent's spool lie apart than are remembered: one that is missing must come
     first."""
+
+
+class Forgotten(SpoolError):
+    """It is no longer known what came of another agent's spool: ask who stores it, and come again."""
 
 
 class UnknownProducer(SpoolError):
@@ -118,7 +125,7 @@ class Spool:
     what can be read of it; also when damage is met later.
 
     max_bytes: journal bytes held for sinks that are behind. linger_s: how long what arrives may wait to share
-    a commit. connect: a seam for faults.
+    a commit. connect: a seam for faults; clock: as time.time_ns.
     """
 
     def __init__(
@@ -128,7 +135,9 @@ class Spool:
         max_bytes: int,
         linger_s: float = 0.02,
         connect: Callable[..., sqlite3.Connection] = sqlite3.connect,
+        clock: Callable[[], int] = time.time_ns,
     ) -> None:
+        self._clock = clock
         self._max_bytes = max_bytes
         self._linger_s = linger_s
         self._file = SpoolFile(path, connect)
@@ -144,6 +153,7 @@ class Spool:
         self._changed = threading.Condition()
         self._wakes = 0
         self._comings = 0
+        self._forgettings = 0
         self._commits = GroupCommit(
             self._writer,
             is_damage=is_damage,
@@ -168,6 +178,7 @@ class Spool:
                 f"the spool is damaged ({error}) and cannot be replaced: {problem}"
             ) from problem
         self._forget_producers()
+        self._forgettings += 1
         self.wake()
         return self._writer
 
@@ -259,7 +270,7 @@ class Spool:
         that go with it. Does nothing when it has ended before."""
 
         def job() -> tuple[None, int]:
-            ended = self._tables.end_producer(producer_id, time.time_ns())
+            ended = self._tables.end_producer(producer_id, self._clock())
             self._comings += ended
             if not ended or not final_records:
                 return None, 0
@@ -293,13 +304,23 @@ class Spool:
 
     # --- what other agents do
 
-    def accept(self, id_: BatchId, part: bytes, node: str) -> Future[None]:
-        """Commits what the agent of a node forwards: a Part (hub.proto) with this id, whose origin is 32
-        hexadecimal digits. Changes nothing when its range came before.
+    @property
+    def forgettings(self) -> int:
+        """Another number when the spool has forgotten since what came of some other agent's."""
+        return self._forgettings
 
-        Fails with SpoolFull, TooManyHoles or Overlaps."""
+    def accept(
+        self, id_: BatchId, part: bytes, node: str, *, forgettings: int | None = None
+    ) -> Future[None]:
+        """Commits what the agent of a node forwards: a Part (hub.proto) with this id, whose origin is 32
+        hexadecimal digits. Changes nothing when its range came before. forgettings: as they were when the
+        caller made sure of what had.
+
+        Fails with SpoolFull, TooManyHoles, Overlaps or Forgotten."""
 
         def job() -> tuple[None, int]:
+            if forgettings not in (None, self._forgettings):
+                raise Forgotten("it has to be asked again what came before this part: come back")
             if self._came(id_):
                 return None, 0
             self._check_room(len(part))
@@ -324,14 +345,15 @@ class Spool:
         return self._commits.submit(job)
 
     def forget_ended(self, kept: Sequence[bytes]) -> Future[None]:
-        """Forgets producers that ended long ago, except `kept`, and those whose batches are still needed."""
+        """Forgets producers that ended long ago, and agents that forwarded, except `kept`, and those whose
+        batches are still needed."""
 
         def job() -> None:
-            ended_ns = time.time_ns() - FORGET_AFTER_S * 10**9
+            ended_ns = self._clock() - FORGET_AFTER_S * 10**9
             for number, producer_id in self._tables.long_ended(ended_ns):
                 if producer_id not in kept:
                     self._tables.forget_producer(number)
-                    self._tables.forget_arrived(producer_id.hex())
+                    self._forgettings += self._tables.forget_arrived(producer_id.hex())
             self._forget_producers()
 
         return self._commits.submit(job)
@@ -671,7 +693,7 @@ class Spool:
 
     def _forwarder(self, origin: str, node: str) -> int:
         """The producer that stands for what is forwarded of another agent's spool. It logs nothing itself,
-        and is as good as ended: it is remembered while its batches are here."""
+        and is as good as ended with each part: it is remembered for a while after the last one."""
         producer_id = bytes.fromhex(origin)
         number = self._tables.number(producer_id)
         if number is None:
@@ -680,7 +702,10 @@ class Spool:
                 producer_id, run_id, 1, 0, 0, 1, node, 0, 0, "nodes", "", False, 0, f"node {node}"
             )
             number = self._tables.add_producer(info)
-            self._tables.end_producer(producer_id, time.time_ns())
+            self._tables.end_producer(producer_id, self._clock())
+        else:
+            now = self._clock()
+            self._tables.put_end_off(number, now, before_ns=now - NOTED_AFTER_S * 10**9)
         return number
 
     def _give_pages(self) -> None:

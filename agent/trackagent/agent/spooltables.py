@@ -251,6 +251,15 @@ class Tables:
         )
         return ended.rowcount > 0
 
+    def put_end_off(self, number: int, time_ns: int, *, before_ns: int) -> None:
+        """A producer that had ended before that has ended now."""
+        self._execute(
+            "UPDATE producers SET ended_ns = ?1,"
+            " crc = checksum('producers', number, producer_id, info, ?1)"
+            " WHERE number = ?2 AND ended_ns < ?3",
+            (time_ns, number, before_ns),
+        )
+
     def has_ended(self, number: int) -> bool:
         found = self._execute(
             "SELECT 1 FROM producers WHERE number = ? AND ended_ns IS NOT NULL", (number,)
@@ -477,8 +486,9 @@ class Tables:
         row = (origin, first, last)
         self._execute("INSERT INTO arrived VALUES (?, ?, ?, ?)", (*row, checksum("arrived", *row)))
 
-    def forget_arrived(self, origin: str) -> None:
-        self._execute("DELETE FROM arrived WHERE origin = ?", (origin,))
+    def forget_arrived(self, origin: str) -> bool:
+        """Whether anything was known."""
+        return self._execute("DELETE FROM arrived WHERE origin = ?", (origin,)).rowcount > 0
 
     # --- sinks
 
