@@ -32,13 +32,12 @@ async def linger(
 ) -> None:
     """Waits for the other nodes' ranks of the runs that began here since then (nanoseconds since 1970), at
     most limit_s or until `hurried` is set. Runs that go on here are not waited for: who stops an agent under
-    its ranks has reasons."""
-    awaited = {
-        info.run_id
-        for info in await asyncio.wrap_future(spool.producers())
-        if not (info.sampled or info.hub) and info.world_size > 1 and info.start_time_ns >= since_ns
-    }
-    awaited -= {info.run_id for info in await asyncio.wrap_future(spool.not_ended())}
+    its ranks has reasons. A spool that fails ends the wait: what it has is still to be delivered."""
+    try:
+        awaited = await _begun(spool, since_ns)
+    except (AgentError, sqlite3.Error) as error:
+        logger.warning("cannot tell which runs other nodes' ranks log to: %s; not waiting", error)
+        return
     deadline = asyncio.get_running_loop().time() + limit_s
     told = False
     while awaited and not hurried.is_set():
@@ -63,16 +62,28 @@ async def linger(
         )
 
 
+async def _begun(spool: Spool, since_ns: int) -> set[str]:
+    begun = {
+        info.run_id
+        for info in await asyncio.wrap_future(spool.producers())
+        if not (info.sampled or info.hub) and info.world_size > 1 and info.start_time_ns >= since_ns
+    }
+    return begun - {info.run_id for info in await asyncio.wrap_future(spool.not_ended())}
+
+
 def _unfinished(runs: set[str], open_reader: Callable[[], Reader]) -> set[str]:
-    """Of these, those of which a rank has not ended, or has not been heard of."""
+    """Of these, those of which a rank has not ended, or has not been heard of; or nothing is stored yet."""
     found = set()
     try:
         with contextlib.closing(open_reader()) as reader:
             for run_id in runs:
-                with contextlib.suppress(NotFound):
+                try:
                     run = reader.run(run_id)
-                    if run.status == "running" or run.ranks < run.world_size:
-                        found.add(run_id)
+                except NotFound:
+                    found.add(run_id)
+                    continue
+                if run.status == "running" or run.ranks < run.world_size:
+                    found.add(run_id)
     except (StoreError, AgentError, sqlite3.Error) as error:
         logger.debug("cannot look which ranks have ended: %s", error)
         return runs
