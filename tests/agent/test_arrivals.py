@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.agent.samples import TIME_NS
 from tests.agent.spools import OpenSpool, delivery, spooled
-from trackagent.agent.arrivals import Arrivals
+from trackagent.agent.arrivals import Arrivals, AtTheHub
 from trackagent.agent.spool import Forgotten, Spool
 from trackagent.agent.store.contract import BatchId, StoreError
 
@@ -143,3 +145,26 @@ def test_who_passes_parts_on_asks_nobody(opened: Spool, before: Before) -> None:
     assert before.asked == []
     assert [data.rstrip() for _, _, data in spooled(opened)] == [b"5-8"]
     arrivals.close()
+
+
+class OneAtATime:
+    """A hub's sink, which is for one thread, and sees whether it is used by one."""
+
+    def __init__(self) -> None:
+        self.most = self._inside = 0
+
+    def last_accepted(self, origin: str) -> int:
+        self._inside += 1
+        self.most = max(self.most, self._inside)
+        time.sleep(0)  # so that others get their turn
+        self._inside -= 1
+        return 9 if origin == ORIGIN else 0
+
+
+def test_a_hub_is_asked_by_one_thread_at_a_time() -> None:
+    hub = OneAtATime()
+    asked = AtTheHub(hub)
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(asked, [ORIGIN, OTHER] * 500))
+    assert answers == [[(9, 9)], []] * 500
+    assert hub.most == 1

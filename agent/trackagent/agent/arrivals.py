@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from trackagent.agent.sinks.contract import Remembers
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import BatchId
 
@@ -18,6 +19,20 @@ Ranges = Sequence[tuple[int, int]]
 _REMEMBERED = 100_000
 # Who asks may wait for the disk, or for another hub.
 _ASKING = 4
+
+
+class AtTheHub:
+    """What came before by the word of a hub: the last of an origin, by whatever way. Any thread may ask; the
+    sink is for one, so that it is asked by one at a time."""
+
+    def __init__(self, hub: Remembers) -> None:
+        self._hub = hub
+        self._lock = threading.Lock()
+
+    def __call__(self, origin: str) -> Ranges:
+        with self._lock:
+            last = self._hub.last_accepted(origin)
+        return [(last, last)] if last else []  # what lies before may be missing
 
 
 class Arrivals:

@@ -25,7 +25,7 @@ import trackagent.agent.store as store
 from trackagent.agent import hubserver, server, tls
 from trackagent.agent.access import Access
 from trackagent.agent.active import Active
-from trackagent.agent.arrivals import Arrivals, Ranges
+from trackagent.agent.arrivals import Arrivals, AtTheHub, Ranges
 from trackagent.agent.collect.contract import Here
 from trackagent.agent.collect.recorder import Recorder
 from trackagent.agent.collect.sampler import Sampler
@@ -295,7 +295,7 @@ async def _serve(
         pin="" if hub is None else hub.pin,
         guests=None if hub is None else hub.tokens,
     )
-    arrivals = Arrivals(spool, _before(config), passes_on=bool(config.store))
+    arrivals = Arrivals(spool, _before(config, begun), passes_on=bool(config.store))
     quarantine = Quarantine(
         [config.quarantine_path, config.directory / QUARANTINE_NAME],
         max_bytes=config.quarantine_bytes,
@@ -560,16 +560,12 @@ async def _access(config: AgentConfig, spool: Spool) -> Access:
     return Access(gate, owners)
 
 
-def _before(config: AgentConfig) -> Callable[[str], Ranges]:
-    """Asks what had come of another agent's spool before this agent's spool was."""
+def _before(config: AgentConfig, begun: contextlib.AsyncExitStack) -> Callable[[str], Ranges]:
+    """Asks what had come of another agent's spool before this agent's spool was, until the end of `begun`."""
     if config.store:
         hub = upstream_sink(config, _node(config))
-
-        def at_the_hub(origin: str) -> Ranges:
-            last = hub.last_accepted(origin)
-            return [(last, last)] if last else []  # what lies before may be missing
-
-        return at_the_hub
+        begun.callback(hub.close)
+        return AtTheHub(hub)
 
     def in_the_store(origin: str) -> Ranges:
         with contextlib.closing(store.open_reader(config.store_path, timeout_s=1.0)) as reader:
