@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,13 @@ from tests.agent.samples import producer
 from tests.fakes import DEADLINE_S, Folders, wait_until
 from trackagent.agent import hubserver, listener, tls
 from trackagent.agent.hub import MAX_MESSAGE_BYTES, Hub
+from trackagent.agent.meeting import Elsewhere, NoHub
 from trackagent.agent.relay import Bucket
 from trackagent.agent.store.contract import BatchId
-from trackagent.protos.v1 import hub_pb2
+from trackagent.protos.v1 import agent_pb2, hub_pb2
 
 Code = grpc.StatusCode
+MeetRequest = agent_pb2.MeetRequest
 LARGE_BYTES = 4 * 1024 * 1024
 
 
@@ -116,7 +120,7 @@ def test_what_a_hub_has_no_room_for_stays_where_it_is(
         assert Counted.taken > LARGE_BYTES
         Counted.taken = 0
         assert refused(stub.Forward, large(3)) == (
-            Code.RESOURCE_EXHAUSTED,
+            Code.UNAVAILABLE,
             "the hub is busy: come back",
         )
         assert Counted.taken < LARGE_BYTES // 2
@@ -172,3 +176,38 @@ def test_a_host_that_owes_its_messages_holds_no_other_up(
         owing.wait_for_an_answer()
         stub.Forward(request(grants=[grant()]), timeout=DEADLINE_S, metadata=metadata)
     assert len(hub.spool.parts) == 1
+
+
+def test_ranks_that_meet_at_a_busy_hub_may_ask_again(start_hub: Start, tmp_path: Path) -> None:
+    limits = {"turn_timeout_s": 0.2, "held_bytes": MAX_MESSAGE_BYTES}
+    hub = start_hub(limits, token_file=token_file(tmp_path))
+    said = MeetRequest(job="j", operation=MeetRequest.SET, key="k", value=b"v")
+    table = Elsewhere(partial(tls.channel, hub.address, pin=hub.server.pin), bearer())
+    with contextlib.closing(table):
+        with Owing(hub, "127.0.0.2", 2, bearer()) as owing:
+            owing.wait_for_an_answer()
+            with pytest.raises(NoHub, match="the hub says: the hub is busy: come back"):
+                asyncio.run(table.meet(said))
+
+        def met() -> bool:
+            """Whether they could, now that the other is gone."""
+            with contextlib.suppress(NoHub):
+                return asyncio.run(table.meet(said)).found
+            return False
+
+        wait_until(met, "they have met")
+
+
+def test_ranks_whose_connection_another_has_closed_may_ask_again(
+    start_hub: Start, tmp_path: Path
+) -> None:
+    hub = start_hub({}, token_file=token_file(tmp_path))
+    said = MeetRequest(job="j", operation=MeetRequest.SET, key="k", value=b"v")
+    channels = [tls.channel(hub.address, pin=hub.server.pin) for _ in range(2)]
+    table = Elsewhere(iter(channels).__next__, bearer())
+    with contextlib.closing(table):
+        assert asyncio.run(table.meet(said)).found
+        channels[0].close()
+        with pytest.raises(NoHub, match="has just been closed"):
+            asyncio.run(table.meet(said))
+        assert asyncio.run(table.meet(said)).found

@@ -171,7 +171,7 @@ class Hub:
         host = callers.of(peer.host)
         if host.calls >= MAX_CALLS_OF_A_HOST + MAX_WAITING_OF_A_HOST:
             raise _Refused(
-                _Code.RESOURCE_EXHAUSTED,
+                _Code.UNAVAILABLE,
                 f"{host.calls} calls of this host are under way: come back",
             )
         host.calls += 1
@@ -202,7 +202,7 @@ class Hub:
         try:
             await share.take(size, self._turn_timeout_s)
         except asyncio.TimeoutError:
-            raise _Refused(_Code.RESOURCE_EXHAUSTED, "the hub is busy: come back", False) from None
+            raise _Refused(_Code.UNAVAILABLE, "the hub is busy: come back", False) from None
 
     async def _read(self, host: Host, room: Share, context: Context) -> bytes:
         """A call's message, for which room is taken."""

@@ -136,7 +136,8 @@ class Elsewhere:
     ) -> None:
         self._dial, self._metadata = dial, tuple(metadata)
         self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
+        # The stub goes with the channel: to make one of a channel that is closed would end the process.
+        self._hub: tuple[grpc.Channel, hub_pb2_grpc.HubStub] | None = None
         self._threads = ThreadPoolExecutor(4, "meet")
         self._asking = 0
 
@@ -155,17 +156,16 @@ class Elsewhere:
     def close(self) -> None:
         """Waits for what is under way."""
         self._threads.shutdown(cancel_futures=True)
-        if self._channel is not None:
-            self._channel.close()
+        if self._hub is not None:
+            self._hub[0].close()
 
     def _ask(self, request: agent_pb2.MeetRequest) -> agent_pb2.MeetResponse:
         try:
-            with self._lock:
-                channel = self._channel = self._channel or self._dial()
+            channel, hub = self._connected()
         except AgentError as error:
             raise NoHub(str(error)) from error
         try:
-            response: agent_pb2.MeetResponse = hub_pb2_grpc.HubStub(channel).Meet(
+            response: agent_pb2.MeetResponse = hub.Meet(
                 request, timeout=TIMEOUT_S, metadata=self._metadata
             )
         except grpc.RpcError as error:
@@ -174,12 +174,23 @@ class Elsewhere:
                 self._hang_up(channel)
             kind = _KINDS.get(error.code(), NoHub)
             raise kind(f"the hub says: {error.details() or error.code().name}") from None
+        except ValueError:
+            # gRPC's word where another thread has closed the channel since it was taken.
+            self._hang_up(channel)
+            raise NoHub("the connection to the hub has just been closed") from None
         return response
+
+    def _connected(self) -> tuple[grpc.Channel, hub_pb2_grpc.HubStub]:
+        with self._lock:
+            if self._hub is None:
+                channel = self._dial()
+                self._hub = channel, hub_pb2_grpc.HubStub(channel)
+            return self._hub
 
     def _hang_up(self, channel: grpc.Channel) -> None:
         with self._lock:
-            if self._channel is channel:
-                self._channel = None
+            if self._hub is not None and self._hub[0] is channel:
+                self._hub = None
         channel.close()
 
 
