@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.agent.store.batches import RUN, batch, param, points, producer
 from tests.fakes_store import MemoryStore
 from trackagent.agent import reduce
-from trackagent.agent.policies import Policies
+from trackagent.agent.policies import MAX_PATTERNS, Policies
 from trackagent.agent.reducing import Reducer, from_points, is_partial, reduced
 from trackagent.agent.store.contract import Batch, Points, ProducerInfo
 from trackagent.agent.wire import decode, encode
@@ -167,7 +167,9 @@ def test_definitions_outlive_the_agent(tmp_path: Path) -> None:
     assert Policies(path).of(RUN).of("loss").keep == "none"
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"version": 1, "runs": 3}', b"\xff"])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b'{"version": 1, "runs": 3}', b"\xff", b"[" * 100_000]
+)
 def test_a_damaged_file_of_definitions_costs_the_definitions_only(
     tmp_path: Path, text: bytes
 ) -> None:
@@ -186,6 +188,24 @@ def test_a_definition_that_no_client_writes_is_not_heeded(text: str) -> None:
     known = Policies()
     known.learn(batch(1, rank(0), tags=[param(rank(0), "trackagent/define/loss", text)]))
     assert known.of(RUN).of("loss").reduce == "mean"
+
+
+def test_a_definition_that_is_not_heeded_changes_none_that_is() -> None:
+    known = policies(loss={"keep": "none"})
+    known.learn(batch(2, rank(0), tags=[param(rank(0), "trackagent/define/loss", "{}")]))
+    assert known.of(RUN).of("loss").keep == "none"
+
+
+def test_what_defines_nothing_takes_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "policies.json"
+    known = Policies(path)
+    good = json.dumps({"reduce": "mean", "keep": "none", "every": 1})
+    nothing = {f"key{number}": "x" * 1000 for number in range(MAX_PATTERNS)}
+    padded = {"padded": good + " " * 100_000}
+    tags = [param(rank(0), f"trackagent/define/{k}", v) for k, v in (nothing | padded).items()]
+    known.learn(batch(1, rank(0), tags=[*tags, definition(rank(0), "loss", keep="none")]))
+    assert [known.of(RUN).of(key).keep for key in ("loss", "padded")] == ["none", "none"]
+    assert path.stat().st_size < 1000
 
 
 def test_weights_count_in_means_and_not_in_sums() -> None:

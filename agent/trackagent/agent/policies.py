@@ -27,6 +27,7 @@ MAX_RUNS = 1000
 # Patterns of a run; further ones are not heeded.
 MAX_PATTERNS = 256
 _MAX_KEYS = 10_000
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _WILDCARDS = str.maketrans("", "", "*?[]!")
 
 
@@ -48,11 +49,14 @@ class Policy:
 
 class Definitions:
     """Those of one run, by pattern. Of several that match a key, the one with the most letters that are no
-    wildcards counts, then the later in alphabetical order."""
+    wildcards counts, then the later in alphabetical order.
+
+    texts: what defines them; what no client writes is left out."""
 
     def __init__(self, texts: Mapping[str, str]) -> None:
-        self.texts = dict(texts)
-        found = [(one, policy) for one, text in texts.items() if (policy := _policy(one, text))]
+        said = {one: known for one, text in texts.items() if (known := _definition(one, text))}
+        self.texts = {one: text for one, (text, _) in said.items()}
+        found = [(one, policy) for one, (_, policy) in said.items()]
         self._patterns = sorted(
             found, key=lambda item: (len(item[0].translate(_WILDCARDS)), item[0]), reverse=True
         )
@@ -104,11 +108,12 @@ class Policies:
         with self._lock:
             for tag in tags:
                 run_id = runs.get(tag.producer_id)
-                if run_id is not None:
-                    pattern = tag.key[len(DEFINITION) :]
+                pattern = tag.key[len(DEFINITION) :]
+                known = _definition(pattern, tag.value)
+                if run_id is not None and known is not None:
                     texts = new.setdefault(run_id, dict(self.of(run_id).texts))
                     if pattern in texts or len(texts) < MAX_PATTERNS:
-                        texts[pattern] = tag.value
+                        texts[pattern], _ = known
             changed = {run for run, texts in new.items() if texts != self.of(run).texts}
             if not changed:
                 return
@@ -129,7 +134,7 @@ class Policies:
                 }
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except _UNREADABLE as error:
             logger.warning(
                 "cannot read %s, which says what is kept of each rank: %s; until ranks define it again, the "
                 "default holds",
@@ -149,11 +154,11 @@ def _write(path: Path, runs: Iterable[tuple[str, Definitions]]) -> None:
     fresh.replace(path)
 
 
-def _policy(pattern: str, text: str) -> Policy | None:
-    """None for what no client writes."""
+def _definition(pattern: str, text: str) -> tuple[str, Policy] | None:
+    """The text as a client writes it, and what it says; None for what no client writes."""
     try:
         said = json.loads(text)
-        definition(pattern, said["reduce"], said["keep"], said["every"])
-        return Policy(said["reduce"], said["keep"], said["every"])
+        _, plain = definition(pattern, said["reduce"], said["keep"], said["every"])
+        return plain, Policy(said["reduce"], said["keep"], said["every"])
     except (ValueError, TypeError, LookupError, ValueRefused, RecursionError):
         return None
