@@ -35,7 +35,7 @@ from tests.agent.samples import producer
 from tests.fakes import DEADLINE_S, Folders, wait_until
 from trackagent.agent import hubserver, tls
 from trackagent.agent.listener import Listener
-from trackagent.agent.refusals import EVERY_S, MOST_LINES, Refusals
+from trackagent.agent.refusals import EVERY_S, MOST_LINES, MOST_LINES_OF_A_HOST, Refusals
 from trackagent.agent.relay import Bucket
 from trackagent.agent.tls import Files, Untrusted
 from trackagent.protos.v1 import hub_pb2_grpc
@@ -154,10 +154,13 @@ def test_a_host_has_so_many_handshakes_at_once_and_others_go_on(start_hub: Start
         assert goes_on(hub)
 
 
-def test_who_says_nothing_once_encrypted_is_cut_off(start_hub: Start, log: Log) -> None:
+@pytest.mark.parametrize("said", [b"", tls.GREETING])
+def test_who_says_nothing_once_encrypted_is_cut_off(
+    start_hub: Start, log: Log, said: bytes
+) -> None:
     hub = start_hub({"handshake_s": 0.2})
     with encrypted(hub, OTHER) as silent:
-        silent.sendall(tls.GREETING)
+        silent.sendall(said)
         assert is_closed(silent)
     assert log("refused") == (
         "refused 127.0.0.2: it has not shown within 0.2 s that it may deliver here"
@@ -351,12 +354,29 @@ def test_the_log_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
     clock = [0.0]
     refusals = Refusals(lambda: clock[0])
     for number in range(MOST_LINES + 7):
-        refusals.tell(ONE, f"no {number}")
+        refusals.tell(f"host {number}", "no")
     clock[0] = EVERY_S
     refusals.tell(ONE, "no")
     assert caplog.messages[MOST_LINES - 1 :] == [
-        f"refused {ONE}: no {MOST_LINES - 1}",
+        f"refused host {MOST_LINES - 1}: no",
         "further refusals of other nodes are not told for 600 s",
         "7 more refusals of other nodes were not told",
+        f"refused {ONE}: no",
+    ]
+
+
+def test_no_host_keeps_others_from_being_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    clock = [0.0]
+    refusals = Refusals(lambda: clock[0])
+    for number in range(MOST_LINES + 7):
+        refusals.tell(ONE, f"no {number}")
+    refusals.tell(OTHER, "no")
+    clock[0] = EVERY_S
+    refusals.tell(ONE, "no")
+    assert caplog.messages == [
+        *(f"refused {ONE}: no {number}" for number in range(MOST_LINES_OF_A_HOST)),
+        f"further refusals of {ONE} are not told for 600 s",
+        f"refused {OTHER}: no",
+        "47 more refusals of other nodes were not told",
         f"refused {ONE}: no",
     ]

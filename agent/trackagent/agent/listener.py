@@ -41,6 +41,10 @@ MAX_STRANGERS, MAX_STRANGERS_OF_A_HOST = 256, 32
 BYTES_PER_S, BURST_BYTES = 32 * 1024 * 1024, 64 * 1024 * 1024
 _MAX_BUCKETS = 4096
 _LAST_WORDS_S = 5.0
+_LEFT = (
+    "it left without a word when it had seen this hub's certificate: it may look for another hub, by its pin "
+    "or its token"
+)
 # A peer that is gone without a word is noticed after about a minute.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))
 
@@ -253,11 +257,13 @@ class Listener:
                 outer.join(inner)
                 inner.join(outer)
                 waited_s = await self._shown(peer, (outer.lost, inner.lost, welcome))
-                if peer.welcome:
+                if outer.lost.done() and not outer.received:
+                    self._refusals.tell(host, _LEFT)
+                elif peer.welcome:
                     self._forget_stranger(host)
                     ends = (outer.lost, inner.lost)
                     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                elif outer.received and not outer.lost.done() and not inner.lost.done():
+                elif not outer.lost.done() and not inner.lost.done():
                     waited = f"within {waited_s:g} s"
                     self._refusals.tell(host, f"it has not shown {waited} that it may deliver here")
                 outer.close()
@@ -269,12 +275,6 @@ class Listener:
                 outer.transport.abort()
                 if inner is not None:
                     inner.transport.abort()
-        if not outer.received:
-            self._refusals.tell(
-                host,
-                "it left without a word when it had seen this hub's certificate: it may look for another "
-                "hub, by its pin or its token",
-            )
 
     async def _shown(self, peer: Peer, any_of: Iterable[asyncio.Future[None]]) -> float:
         """Waits for one of them. How long that may take: longer where the peer is in the middle of a call."""

@@ -60,7 +60,10 @@ class HubServicer(object):
         PERMISSION_DENIED: a run that no grant covers.
         FAILED_PRECONDITION: the protocol versions do not match; the message names both.
         INVALID_ARGUMENT: a part can never be accepted; the message says which and why.
-        RESOURCE_EXHAUSTED: the hub is full, or this peer sends too much; keep the data and come back.
+        RESOURCE_EXHAUSTED: the hub is full, or the message is larger than 17 MiB; keep the data and come back.
+        UNAVAILABLE: the hub is busy, or cannot tell now what came before or which tokens are good; keep the data
+        and come back.
+        DEADLINE_EXCEEDED: the message did not arrive within 30 s; keep the data and come back.
         INTERNAL: the spool cannot commit; keep the data and come back.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -75,7 +78,8 @@ class HubServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Meet(self, request, context):
-        """As Agent.Meet, for the ranks of all nodes.
+        """As Agent.Meet, for the ranks of all nodes. UNAUTHENTICATED, UNAVAILABLE and DEADLINE_EXCEEDED as for
+        Forward; RESOURCE_EXHAUSTED: the tables are full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
