@@ -53,7 +53,7 @@ def test_the_range_of_a_batch_arrives_after_all_that_the_batch_carries(hub: HubS
 
     other = BatchId("cd" * 16, 7, 9)
     part = hub_pb2.Part(origin=other.origin, first=other.first, last=other.last, content=b"x")
-    sink = ForwardSink("upstream", connect, grants=lambda runs: {}, node="rack")
+    sink = ForwardSink("upstream", connect, node="rack")
     carried = [(producer(3), part.SerializeToString())]
     own = Batch(BatchId("ab" * 16, 1, 2), [producer(2)], parts=carried)
     hub.answers = [grpc.StatusCode.INTERNAL]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trackagent.agent.routes import Routes
+from trackagent.agent.routes import NEWEST_RUNS, Routes
 from trackagent.client.hub import Hub
 
 RUN, OTHER = "a" * 32, "b" * 32
@@ -66,12 +66,15 @@ def test_a_run_has_a_token_at_each_of_its_hubs(open_routes: Open) -> None:
     assert routes.tokens(ANOTHER_PIN, [RUN]) == {RUN: "f" * 32}
 
 
-def test_the_newest_run_speaks_for_calls_that_concern_none(open_routes: Open) -> None:
+def test_the_newest_runs_speak_for_calls_that_concern_none(open_routes: Open) -> None:
     routes = open_routes()
-    assert routes.token(PIN) is None
-    routes.note(RUN, HUB)
-    routes.note(OTHER, Hub(HUB.address, PIN, "d" * 32))
-    assert routes.token(PIN) == (OTHER, "d" * 32)
+    assert routes.newest(PIN) == {}
+    runs = [f"{number:032x}" for number in range(NEWEST_RUNS + 1)]
+    for run_id in runs:
+        routes.note(run_id, HUB)
+    routes.note(OTHER, Hub(HUB.address, ANOTHER_PIN, "d" * 32))
+    assert list(routes.newest(PIN)) == runs[:0:-1]
+    assert routes.newest(ANOTHER_PIN) == {OTHER: "d" * 32}
 
 
 def test_nobody_has_said_where_a_hub_is(open_routes: Open) -> None:

@@ -153,6 +153,7 @@ class Forwarding:
             partial(self._reach, pin),
             grants=partial(self._grants, pin),
             node=self._node,
+            clock=self._clock,
         )
         pipeline = Pipeline(
             self._spool,
@@ -188,11 +189,7 @@ class Forwarding:
         return address, self._connect(address, pin)
 
     def _grants(self, pin: str, runs: Iterable[str]) -> Mapping[str, str]:
-        found = self._routes.tokens(pin, runs)
-        if found:
-            return found
-        newest = self._routes.token(pin)
-        return {} if newest is None else dict([newest])
+        return self._routes.tokens(pin, runs) or self._routes.newest(pin)
 
     def _sweep_often(self) -> None:
         while not self._stopping.wait(min(SWEEP_INTERVAL_S, self._idle_s)):
@@ -251,7 +248,6 @@ def upstream_sink(config: AgentConfig, node: str) -> ForwardSink:
     return ForwardSink(
         UPSTREAM_SINK,
         connect,
-        grants=lambda runs: {},
         authorization=f"Bearer {token}" if token else "",
         node=node,
     )

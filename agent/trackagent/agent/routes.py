@@ -19,6 +19,8 @@ from trackagent.client.hub import Hub
 
 # Runs whose tokens are kept; beyond it those go that were heard of first.
 MAX_RUNS = 100_000
+# How many speak for calls that concern no run.
+NEWEST_RUNS = 16
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS hubs (pin TEXT PRIMARY KEY, address TEXT NOT NULL, heard_ns INTEGER NOT NULL)
     WITHOUT ROWID;
@@ -96,13 +98,15 @@ class Routes:
                     found[run_id] = row[0]
         return found
 
-    def token(self, pin: str) -> tuple[str, str] | None:
-        """The newest run that goes to this hub, and its token: for calls that concern none of them."""
+    def newest(self, pin: str) -> dict[str, str]:
+        """The newest runs that go to this hub, and their tokens: for calls that concern none of them. Some,
+        since the hub may not know one yet, or any more."""
         with self._lock:
-            row = self._database.execute(
-                "SELECT run_id, token FROM runs WHERE pin = ? ORDER BY number DESC LIMIT 1", (pin,)
-            ).fetchone()
-        return None if row is None else (row[0], row[1])
+            rows = self._database.execute(
+                "SELECT run_id, token FROM runs WHERE pin = ? ORDER BY number DESC LIMIT ?",
+                (pin, NEWEST_RUNS),
+            ).fetchall()
+        return dict(rows)
 
     def pins(self) -> list[str]:
         """The hubs that were heard of."""

@@ -2,11 +2,16 @@
 
 A part is sent under the range of the spool that it was made of, so the hub keeps it once however often it is
 sent. The connection is made anew after each failure, and the hub made sure of then.
+
+A hub that takes runs by their tokens refuses a part when it lacks the token of one of them. What several runs
+logged is rejected then, for the pipeline to take it apart; what one did is kept, since rank 0 may not have
+connected to the hub yet, and rejected when that takes too long: it becomes dead letters, and others flow on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,34 +33,48 @@ MAX_PARTS_BYTES = 16 * 1024 * 1024
 CALL_TIMEOUT_S = 20.0
 # Longer than that no hub makes an agent wait.
 MAX_GATHER_S = 30.0
+# How long a run that its hub does not know holds up what is behind it.
+UNKNOWN_S = 300.0
+# Runs that a hub did not know are remembered, so many; beyond it the first go, and hold things up again.
+MAX_UNKNOWN = 1000
 
 Grants = Callable[[Iterable[str]], Mapping[str, str]]
-"""The tokens of these runs; of any run that the hub takes, where there are none."""
+"""The tokens of these runs; of some that the hub may take, where there are none."""
 
 
 class HubRefused(AgentError):
     """A hub did not take what it was sent; it may, later."""
 
 
+class _NoRight(HubRefused):
+    """It does not know by what this agent could deliver that."""
+
+
 class ForwardSink:
     """Delivers to the hub that `connect` gives a channel to, with where it is, for messages; what that raises
-    keeps the delivery. grants: the tokens of runs, which go with what is said of them; authorization: for all
-    runs, in every call's header. node: this one's name, for people."""
+    keeps the delivery. grants: the tokens of runs, which go with what is said of them, None where the hub
+    takes any run from this agent; authorization: in every call's header. node: this one's name, for people.
+    unknown_s: how long a run is kept that the hub does not know, by `clock`, as time.monotonic."""
 
     def __init__(
         self,
         name: str,
         connect: Callable[[], tuple[str, grpc.Channel]],
         *,
-        grants: Grants,
+        grants: Grants | None = None,
         authorization: str = "",
         node: str,
+        unknown_s: float = UNKNOWN_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self._connect = connect
         self._grants = grants
         self._metadata = (("authorization", authorization),) if authorization else ()
         self._node = node
+        self._unknown_s, self._clock = unknown_s, clock
+        # Since when, by run.
+        self._unknown: dict[str, float] = {}
         self.gather_s = 0.0
         self._address = ""
         self._channel: grpc.Channel | None = None
@@ -68,7 +87,14 @@ class ForwardSink:
             self._forward(some, runs)
         # When all of that has arrived: a hub that knows this range counts as having the whole batch.
         if mine:
-            self._forward(mine, runs)
+            try:
+                self._forward(mine, runs)
+            except _NoRight as error:
+                if self._grants is not None:
+                    self._check_patience(runs, error)
+                raise
+            for run_id in runs:
+                self._unknown.pop(run_id, None)
 
     def last_accepted(self, origin: str) -> int:
         grants = self._granted(())
@@ -95,7 +121,23 @@ class ForwardSink:
         gather_ms = self._call(lambda hub: int(hub.Forward(request, **self._terms()).gather_ms))
         self.gather_s = min(gather_ms / 1000, MAX_GATHER_S)
 
+    def _check_patience(self, runs: Collection[str], error: _NoRight) -> None:
+        """Rejected where others are not to wait for what the hub has refused."""
+        if len(runs) > 1:
+            raise Rejected(f"{error}; what {len(runs)} runs logged goes there one by one")
+        for run_id in runs:
+            since = self._unknown.setdefault(run_id, self._clock())
+            if len(self._unknown) > MAX_UNKNOWN:
+                del self._unknown[next(iter(self._unknown))]
+            if self._clock() - since > self._unknown_s:
+                raise Rejected(
+                    f"{error}; it has been so for {self._unknown_s:.0f} s, and others wait: once rank 0 of "
+                    "the run has connected to the hub's agent, deliver this dead letter again"
+                )
+
     def _granted(self, runs: Iterable[str]) -> list[hub_pb2.Grant]:
+        if self._grants is None:
+            return []
         return [
             hub_pb2.Grant(run_id=run_id, token=token)
             for run_id, token in self._grants(runs).items()
@@ -116,7 +158,9 @@ class ForwardSink:
                 raise Rejected(f"the hub at {self._address} says: {what}") from None
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise Away(f"the hub at {self._address} does not answer ({what})") from None
-            raise HubRefused(f"the hub at {self._address}: {what}") from None
+            rights = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
+            kind = _NoRight if error.code() in rights else HubRefused
+            raise kind(f"the hub at {self._address}: {what}") from None
 
 
 def _part(id_: BatchId, content: bytes) -> hub_pb2.Part:
