@@ -280,15 +280,17 @@ def test_a_dead_letter_is_taken_however_much_has_come_since(
     leaf: Leaf, hub: HubServer, passing_over: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline_module, "RETRY_INTERVAL_S", 0.0)
-    hub.answers = [grpc.StatusCode.INVALID_ARGUMENT]
     info = leaf.open()
     leaf.log(info, 0)
+    wait_until(lambda: hub.steps == [0])
+    hub.answers = [grpc.StatusCode.INVALID_ARGUMENT]
+    leaf.log(info, 1)
     (pipeline,) = leaf.forwarding.pipelines()
     wait_until(lambda: pipeline.dead_letters()[0] == 1)
-    for step in range(1, 70):
+    for step in range(2, 70):
         passing_over()
         leaf.log(info, step)
-    wait_until(lambda: hub.steps == [*range(1, 70)])
+    wait_until(lambda: hub.steps == [0, *range(2, 70)])
     (letter,) = found(leaf.letters)
     mark(letter)
     wait_until(lambda: pipeline.dead_letters()[0] == 0)
