@@ -80,6 +80,12 @@ def steps(agent: AgentProcess) -> list[int]:
     return sorted(point.step for point in agent.exported(RUN_ID) if point.key == "loss")
 
 
+def lost(agent: AgentProcess) -> int:
+    run = agent.run(RUN_ID)
+    assert run is not None
+    return run.lost_records
+
+
 def waiting(agent: AgentProcess) -> int:
     """Batches in its spool."""
     return int(json.loads(agent.run_cli("status", "--json").stdout)["spool"]["batches"])
@@ -149,6 +155,30 @@ def test_a_node_may_take_another_way_while_the_old_one_is_behind(
     hub.wait_for_status(RUN_ID, "finished")
     wait_until(lambda: len(steps(hub)) >= 100)
     assert steps(hub) == list(range(100))
+    assert lost(hub) == 0
+
+
+def test_what_is_stored_here_is_not_missing_at_a_hub_that_comes_later(
+    start_node: Start, token: str
+) -> None:
+    hub = start_node("--listen", "127.0.0.1:0", "--token-file", token)
+    node = start_node()
+    rank = start_script(node.folders, TRAIN, RUN_ID)
+    log(rank, 10)
+    wait_until(lambda: len(steps(node)) == 10)
+    node.stop()
+    node.flags = (*QUICK, "--store", address(hub), "--token-file", token)
+    node.start()
+    log(rank, 10)
+    wait_until(lambda: len(steps(hub)) == 10)
+    node.stop()
+    node.flags = QUICK
+    node.start()
+    log(rank, 10)
+    end(rank)
+    wait_until(lambda: len(steps(node)) == 20)
+    assert (steps(node), steps(hub)) == ([*range(10), *range(20, 30)], [*range(10, 20)])
+    assert (lost(node), lost(hub)) == (0, 0)
 
 
 def test_a_hub_with_a_new_spool_and_its_old_store_takes_nothing_twice(

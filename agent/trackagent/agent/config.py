@@ -39,6 +39,7 @@ OWNERS_NAME = "owners.db"
 ROUTES_NAME = "routes.db"
 TOKENS_NAME = "tokens.db"
 POLICIES_NAME = "policies.json"
+WAY_NAME = "way"
 DATABASES = (SPOOL_NAME, STORE_NAME, OWNERS_NAME, TOKENS_NAME, ROUTES_NAME)
 HUB_NAME = "hub"
 # In `directory`: where ranks learn that this agent takes what other nodes forward.
@@ -323,6 +324,11 @@ class AgentConfig(Thresholds):
     def store_path(self) -> Path:
         """The embedded store."""
         return self.state_directory / STORE_NAME
+
+    @property
+    def way_path(self) -> Path:
+        """The file that says where everything goes that no rank has named a hub for."""
+        return self.state_directory / WAY_NAME
 
     @property
     def policies_path(self) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trackagent.agent.store as store
-from trackagent.agent import hubserver, server, tls
+from trackagent.agent import hubserver, server, tls, way
 from trackagent.agent.access import Access
 from trackagent.agent.active import Active
 from trackagent.agent.arrivals import Arrivals, AtTheHub, Ranges
@@ -179,6 +179,7 @@ def _check_folders(config: AgentConfig) -> None:
         config.lock_path,
         state / LOCK_NAME,
         config.policies_path,
+        config.way_path,
         *(state / name for name in names),
     ):
         check_file(file)
@@ -271,7 +272,8 @@ async def _serve(
         keep_node_ranks=config.keep_node_ranks,
     )
     sink = upstream_sink(config, _node(config)) if config.store else StoreSink(writer)
-    await _forget_other(spool, sink.name)
+    (other,) = {StoreSink.name, UPSTREAM_SINK} - {sink.name}
+    await asyncio.to_thread(way.take, spool, config.way_path, config.store, sink.name, other)
     pipeline = Pipeline(
         spool,
         sink,
@@ -453,14 +455,6 @@ async def _serve(
         where = "at the hub" if config.store else "stored"
         logger.info("stopped; everything received is %s", where)
     return False
-
-
-async def _forget_other(spool: Spool, name: str) -> None:
-    """What an agent before this one delivered to its store goes to a hub now, or the other way round: with
-    the oldest batch that the other one had yet to get."""
-    (other,) = {StoreSink.name, UPSTREAM_SINK} - {name}
-    await asyncio.wrap_future(spool.add_sink(name))
-    await asyncio.wrap_future(spool.remove_sink(other))
 
 
 def _sampler(config: AgentConfig, spool: Spool, active: Active, access: Access | None) -> Sampler:

@@ -397,6 +397,16 @@ class Spool:
 
         return self._commits.submit(job)
 
+    def take_another_way(self, sink: str) -> Future[None]:
+        """What counts as delivered to this sink went elsewhere: `delivered_after` leaves it out."""
+
+        def job() -> None:
+            tables = self._tables
+            until = max(tables.renamed(), self._sink(sink).cursor)
+            tables.set_identity(tables.origin(), tables.next_number(), tables.lost(), until)
+
+        return self._commits.submit(job)
+
     def awaited(self, sink: str) -> Future[list[ProducerInfo]]:
         """Whose batches a sink has yet to get, or to pass over. Fails with UnknownSink."""
 

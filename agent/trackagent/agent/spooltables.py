@@ -6,7 +6,7 @@ lost with one page.
 
     spool      origin: the spool's name in batch ids; first_number: what comes next has this number at least;
                lost: batches of damaged files that concern no run that is known; renamed: numbers up to this
-               one were given under another name
+               one were given under another name, or went another way
     producers  info: ProducerInfo as JSON; ended_ns NULL while it has not ended
     lanes      committed: offset up to which the lane is received; last: number of its last batch, 0 for none
     schemas    keys joined by newlines
