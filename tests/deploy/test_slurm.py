@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.manifests import ROOT
+from trackagent.agent import store
 
 SLURM = ROOT / "deploy" / "slurm"
 SCRIPTS = sorted(path for path in SLURM.iterdir())
@@ -80,13 +82,15 @@ def played(tmp_path: Path) -> Played:
 PLAYED = {
     "scontrol": "printf 'node-0\nnode-1\n'",
     "srun": """
-case $1 in --kill-on-bad-exit=1) ;; *) log srun "$@"; exit 0 ;; esac
-shift
+case $1 in --kill-on-bad-exit=1) ;; *) log srun "$1" "$2" "$3" ;; esac
+while case $1 in --*) true ;; *) false ;; esac; do shift; done
 SLURM_NODEID=0 "$@"
 """,
     "trackagent": """
 log trackagent "$@"
 log "node $PET_NODE_RANK run $TRACKAGENT_RUN_ID state $TRACKAGENT_STATE"
+mkdir -p "$TRACKAGENT_STATE"
+test -z "${STORE:-}" || "$STORE" "$TRACKAGENT_STATE/store.db"
 exit "${STATUS:-0}"
 """,
     "systemd-run": """
@@ -114,8 +118,38 @@ def test_each_node_of_a_job_runs_torchrun_beside_an_agent_that_listens(
     run_id = where.split()[3]
     assert where == f"node 0 run {run_id} state {state}"
     assert (len(run_id), int(run_id, 16) > 0) == (32, True)
-    result = tmp_path / "submitted" / "trackagent-1234"
-    assert copied == f"srun --nodes=1 --ntasks=1 --nodelist=node-0 cp {state}/store.db {result}/"
+    assert copied == "srun --nodes=1 --ntasks=1 --nodelist=node-0"  # rank 0's node
+
+
+# The store of an agent that is killed with its last transaction in the log.
+KILLED = f"""#!{sys.executable}
+import os, pathlib, sys
+from tests.agent.store.batches import batch, param, producer
+from trackagent.agent import store
+
+path = pathlib.Path(sys.argv[1])
+path.unlink(missing_ok=True)
+writer = store.open_writer(path)
+writer.write(batch(1, producer(), params=[param(producer(), "job", os.environ["SLURM_JOB_ID"])]))
+assert path.with_name("store.db-wal").stat().st_size
+os._exit(1)
+"""
+
+
+def test_the_result_of_a_job_has_what_a_killed_agent_stored_last(
+    played: Played, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    killed.write_text(KILLED)
+    killed.chmod(0o755)
+    result = tmp_path / "submitted" / "trackagent-7"
+    result.mkdir(parents=True)
+    (result / "store.db-wal").write_bytes(b"of an earlier attempt")
+    played("train.sbatch", "train.py", STORE=str(killed), PYTHONPATH=str(ROOT))
+    assert f"trackagent show latest --state {result}" in (tmp_path / "said").read_text()
+    with contextlib.closing(store.open_reader(result / "store.db")) as reader:
+        (run,) = reader.runs()
+        assert reader.params(run.run_id) == {"job": "7"}
 
 
 def test_a_job_that_slurm_starts_again_has_the_same_run(played: Played) -> None:
@@ -128,9 +162,10 @@ def test_a_job_that_delivers_to_a_hub_copies_nothing(played: Played) -> None:
     assert [call for call in calls if call.startswith("srun")] == []
 
 
-def test_a_jobs_status_is_its_trainings(played: Played) -> None:
+def test_a_jobs_status_is_its_trainings(played: Played, tmp_path: Path) -> None:
     calls = played("train.sbatch", "train.py", STATUS="3")
     assert calls[-1].startswith("srun --nodes=1 --ntasks=1")  # what was stored is kept all the same
+    assert "the result was not copied" in (tmp_path / "said").read_text()  # nothing was stored
 
 
 def test_the_first_job_of_a_user_on_a_node_starts_an_agent(played: Played, tmp_path: Path) -> None:
