@@ -77,6 +77,20 @@ def test_the_newest_runs_speak_for_calls_that_concern_none(open_routes: Open) ->
     assert routes.newest(ANOTHER_PIN) == {OTHER: "d" * 32}
 
 
+def test_the_hubs_of_which_nobody_has_spoken_for_longest_are_forgotten(tmp_path: Path) -> None:
+    routes = Routes(tmp_path / "routes.db", tmp_path / "quarantine", max_hubs=3)
+    pins = [f"{number}" * 64 for number in range(5)]
+    for pin in pins[:3]:
+        routes.note(RUN, Hub("10.0.0.1:7717", pin, "c" * 32))
+    routes.note(OTHER, Hub("10.0.0.2:7717", pins[0], "d" * 32))
+    for pin in pins[3:]:
+        routes.note(RUN, Hub("10.0.0.1:7717", pin, "c" * 32))
+    assert routes.pins() == [pins[0], *pins[3:]]
+    routes.note(RUN, Hub("10.0.0.1:7717", pins[2], "c" * 32))
+    assert routes.address(pins[2]) == "10.0.0.1:7717"
+    routes.close()
+
+
 def test_nobody_has_said_where_a_hub_is(open_routes: Open) -> None:
     assert open_routes().address(PIN) is None
 

@@ -134,13 +134,6 @@ class Forwarding:
         """Those of the hubs."""
         return list(self._pipelines.values())
 
-    def address(self, sink: str) -> str:
-        """Where the hub of a sink was last said to be, or ""."""
-        for pin in self._routes.pins():
-            if _sink_name(pin) == sink:
-                return self._routes.address(pin) or ""
-        return ""
-
     def _feed(self, pin: str) -> None:
         """Begins the hub's sink, unless it is there and fed."""
         fed = self._pipelines.get(pin)

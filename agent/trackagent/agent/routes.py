@@ -19,6 +19,8 @@ from trackagent.client.hub import Hub
 
 # Runs whose tokens are kept; beyond it those go that were heard of first.
 MAX_RUNS = 100_000
+# Hubs that are kept; beyond it those go of which nobody has spoken for longest.
+MAX_HUBS = 10_000
 # How many speak for calls that concern no run.
 NEWEST_RUNS = 16
 _SCHEMA = """
@@ -37,8 +39,8 @@ class Routes:
 
     sqlite3.Error when the file cannot be read or written: then nothing has changed."""
 
-    def __init__(self, path: Path, quarantine: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, quarantine: Path, *, max_hubs: int = MAX_HUBS) -> None:
+        self._path, self._max_hubs = path, max_hubs
         self._lock = threading.Lock()
         # What was noted last of each run: its ranks all say the same.
         self._noted: dict[str, Hub] = {}
@@ -63,6 +65,11 @@ class Routes:
                     " SET address = excluded.address, heard_ns = excluded.heard_ns",
                     (hub.pin, hub.address, time.time_ns()),
                 )
+                gone = self._database.execute(
+                    "DELETE FROM hubs WHERE pin IN"
+                    " (SELECT pin FROM hubs WHERE pin != ? ORDER BY heard_ns DESC LIMIT -1 OFFSET ?)",
+                    (hub.pin, self._max_hubs - 1),
+                ).rowcount
                 self._database.execute(
                     "DELETE FROM runs WHERE run_id = ? AND pin = ?", (run_id, hub.pin)
                 )
@@ -74,7 +81,7 @@ class Routes:
                     "DELETE FROM runs WHERE number <= (SELECT max(number) FROM runs) - ?",
                     (MAX_RUNS,),
                 )
-            if len(self._noted) >= MAX_RUNS:
+            if gone or len(self._noted) >= MAX_RUNS:
                 self._noted.clear()
             self._noted[run_id] = hub
 
