@@ -186,8 +186,7 @@ class Fleet:
             return ForwardSink(
                 "upstream",
                 lambda: (address, tls.channel(address, pin=pin)),
-                grants=lambda runs: {},
-                authorization=f"Bearer {secret}",
+                headers=[("authorization", f"Bearer {secret}")],
                 node=f"node-{number}",
             )
 

@@ -33,7 +33,7 @@ from trackagent.agent.collect.table import intervals
 from trackagent.agent.config import DATABASES, LOCK_NAME, QUARANTINE_NAME, SPOOL_NAME, AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
-from trackagent.agent.forwarding import HUB_BACKOFF_S, UPSTREAM_SINK, Forwarding, upstream_sink
+from trackagent.agent.forwarding import HUB_BACKOFF_S, Forwarding
 from trackagent.agent.gate import Gate
 from trackagent.agent.health.hardware import readings
 from trackagent.agent.health.hooks import Hooks
@@ -54,6 +54,7 @@ from trackagent.agent.present import Present, RecentEvents
 from trackagent.agent.quarantine import Quarantine
 from trackagent.agent.reducing import Reducer
 from trackagent.agent.routes import Routes
+from trackagent.agent.sinks.forward import UPSTREAM_SINK, upstream_sink
 from trackagent.agent.sinks.store import StoreSink
 from trackagent.agent.spool import Spool
 from trackagent.agent.store.contract import EventData, NotFound, ProducerInfo, Writer

@@ -16,10 +16,7 @@ from typing import Protocol
 
 import grpc
 
-from trackagent.agent import hubkey, tls
-from trackagent.agent.addresses import hub_address, joined
 from trackagent.agent.collect.recorder import EXPERIMENT
-from trackagent.agent.config import AgentConfig
 from trackagent.agent.deadletters import DeadLetters
 from trackagent.agent.errors import AgentError
 from trackagent.agent.pipeline import Pipeline
@@ -33,7 +30,6 @@ from trackagent.client.hub import Hub
 logger = logging.getLogger(__name__)
 
 HUB_SINK = "hub-"
-UPSTREAM_SINK = "upstream"
 PIN_CHARACTERS = 16
 # A hub that is back is found within about this time.
 HUB_BACKOFF_S = 5.0
@@ -223,27 +219,6 @@ class Forwarding:
     def _has_all(self, pin: str) -> bool:
         awaited = self._spool.awaited(_sink_name(pin)).result()
         return not any(info.hub == pin and not info.sampled for info in awaited)
-
-
-def upstream_sink(config: AgentConfig, node: str) -> ForwardSink:
-    """The sink of an agent that delivers everything to the hub `config.store`. AgentError when what makes it
-    known there, or it here, cannot be read."""
-    files = tls.Files.of(config)
-    token = "" if config.token_file is None else hubkey.read_token(config.token_file)
-    # With a CA the hub's certificate is its own.
-    pin = hubkey.pin_of_token(token) if token and config.tls_ca is None else ""
-
-    address = joined(*hub_address(config.store))
-
-    def connect() -> tuple[str, grpc.Channel]:
-        return address, tls.channel(address, pin=pin, files=files)
-
-    return ForwardSink(
-        UPSTREAM_SINK,
-        connect,
-        authorization=f"Bearer {token}" if token else "",
-        node=node,
-    )
 
 
 def _sink_name(pin: str) -> str:

@@ -45,7 +45,7 @@ def forward_command(config: AgentConfig, as_json: bool, runs: tuple[str, ...], h
     \b
     JSON keys of each run: run_id, name, batches and points that were sent now
     """
-    from trackagent.agent.forwarding import upstream_sink
+    from trackagent.agent.sinks.forward import upstream_sink
 
     config = _delivering_to(config, hub)
     sink = upstream_sink(config, config.node)

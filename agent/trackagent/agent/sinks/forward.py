@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from trackagent.agent import tls
+from trackagent.agent.addresses import hub_address, joined
 from trackagent.agent.errors import AgentError
 from trackagent.agent.sinks.contract import Away, says_something
 from trackagent.agent.store.contract import Batch, BatchId, Rejected, node_run_id
@@ -24,8 +26,10 @@ from trackagent.agent.wire import encode
 from trackagent.protos.v1 import hub_pb2, hub_pb2_grpc
 
 if TYPE_CHECKING:
+    from trackagent.agent.config import AgentConfig
     from trackagent.agent.store.contract import ProducerInfo
 
+UPSTREAM_SINK = "upstream"
 PROTOCOL_VERSION = 1
 # Of one call; the hub allows no more.
 MAX_PARTS = 64
@@ -53,7 +57,7 @@ class _NoRight(HubRefused):
 class ForwardSink:
     """Delivers to the hub that `connect` gives a channel to, with where it is, for messages; what that raises
     keeps the delivery. grants: the tokens of runs, which go with what is said of them, None where the hub
-    takes any run from this agent; authorization: in every call's header. node: this one's name, for people.
+    takes any run from this agent; headers: of every call. node: this one's name, for people.
     unknown_s: how long a run is kept that the hub does not know, by `clock`, as time.monotonic."""
 
     def __init__(
@@ -62,7 +66,7 @@ class ForwardSink:
         connect: Callable[[], tuple[str, grpc.Channel]],
         *,
         grants: Grants | None = None,
-        authorization: str = "",
+        headers: Sequence[tuple[str, str]] = (),
         node: str,
         unknown_s: float = UNKNOWN_S,
         clock: Callable[[], float] = time.monotonic,
@@ -70,7 +74,7 @@ class ForwardSink:
         self.name = name
         self._connect = connect
         self._grants = grants
-        self._metadata = (("authorization", authorization),) if authorization else ()
+        self._headers = tuple(headers)
         self._node = node
         self._unknown_s, self._clock = unknown_s, clock
         # Since when, by run.
@@ -144,7 +148,7 @@ class ForwardSink:
         ]
 
     def _terms(self) -> dict[str, object]:
-        return {"timeout": CALL_TIMEOUT_S, "metadata": self._metadata}
+        return {"timeout": CALL_TIMEOUT_S, "metadata": self._headers}
 
     def _call(self, call: Callable[[hub_pb2_grpc.HubStub], int]) -> int:
         if self._channel is None:
@@ -161,6 +165,18 @@ class ForwardSink:
             rights = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
             kind = _NoRight if error.code() in rights else HubRefused
             raise kind(f"the hub at {self._address}: {what}") from None
+
+
+def upstream_sink(config: AgentConfig, node: str) -> ForwardSink:
+    """The sink of an agent that delivers everything to the hub `config.store`. AgentError when what makes it
+    known there cannot be read."""
+    address = joined(*hub_address(config.store))
+    return ForwardSink(
+        UPSTREAM_SINK,
+        lambda: (address, tls.store_channel(config)),
+        headers=tls.bearer(config),
+        node=node,
+    )
 
 
 def _part(id_: BatchId, content: bytes) -> hub_pb2.Part:
