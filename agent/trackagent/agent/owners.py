@@ -8,13 +8,12 @@ without a group, or the file was lost. So a loss may refuse a run's owner, and n
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from trackagent.agent.errors import AgentError
-from trackagent.agent.quarantine import set_aside_database
+from trackagent.agent.smallfile import opened
 
 _KEPT = 100_000
 _SCHEMA = """
@@ -35,19 +34,12 @@ class Owners:
     sqlite3.Error when the file cannot be read or written: then nothing has changed."""
 
     def __init__(self, path: Path, quarantine: Path, is_stored: Callable[[str], bool]) -> None:
-        self._path, self._is_stored = path, is_stored
+        self._is_stored = is_stored
         self._lock = threading.Lock()
         # What is in the file, for those who ask again.
         self._producers: dict[bytes, int] = {}
         self._granted: set[tuple[str, bytes, int]] = set()
-        try:
-            self._database = self._opened()
-        except sqlite3.DatabaseError as error:
-            # Its subclasses say other things than damage: a full disk, a failing one.
-            if type(error) is not sqlite3.DatabaseError:
-                raise
-            set_aside_database(path, quarantine, str(error))
-            self._database = self._opened()
+        self._database = opened(path, quarantine, _SCHEMA)
 
     def claim(self, run_id: str, producer_id: bytes, uid: int) -> None:
         """The user opens a producer of a run; NotYours when one of them is another user's. Claims that were
@@ -94,21 +86,6 @@ class Owners:
     def close(self) -> None:
         with self._lock:
             self._database.close()
-
-    def _opened(self) -> sqlite3.Connection:
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        database = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            database.executescript(_SCHEMA)
-            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
-        except BaseException:
-            database.close()
-            raise
-        return database
 
     def _owner_of_run(self, run_id: str, uid: int) -> int:
         row = self._database.execute("SELECT uid FROM runs WHERE run_id = ?", (run_id,)).fetchone()

@@ -7,14 +7,12 @@ lost file costs delay: ranks that connect say it again, and what is spooled wait
 
 from __future__ import annotations
 
-import os
-import sqlite3
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from trackagent.agent.quarantine import set_aside_database
+from trackagent.agent.smallfile import opened
 from trackagent.client.hub import Hub
 
 # Runs whose tokens are kept; beyond it those go that were heard of first.
@@ -40,18 +38,11 @@ class Routes:
     sqlite3.Error when the file cannot be read or written: then nothing has changed."""
 
     def __init__(self, path: Path, quarantine: Path, *, max_hubs: int = MAX_HUBS) -> None:
-        self._path, self._max_hubs = path, max_hubs
+        self._max_hubs = max_hubs
         self._lock = threading.Lock()
         # What was noted last of each run: its ranks all say the same.
         self._noted: dict[str, Hub] = {}
-        try:
-            self._database = self._opened()
-        except sqlite3.DatabaseError as error:
-            # Its subclasses say other things than damage: a full disk, a failing one.
-            if type(error) is not sqlite3.DatabaseError:
-                raise
-            set_aside_database(path, quarantine, str(error))
-            self._database = self._opened()
+        self._database = opened(path, quarantine, _SCHEMA)
 
     def note(self, run_id: str, hub: Hub) -> None:
         """The run goes to this hub, which is at this address now."""
@@ -123,18 +114,3 @@ class Routes:
     def close(self) -> None:
         with self._lock:
             self._database.close()
-
-    def _opened(self) -> sqlite3.Connection:
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        database = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            database.executescript(_SCHEMA)
-            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
-        except BaseException:
-            database.close()
-            raise
-        return database

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
-import sqlite3
 import threading
 from pathlib import Path
 
-from trackagent.agent.quarantine import set_aside_database
+from trackagent.agent.smallfile import opened
 
 MAX_TOKENS = 16
 # Runs whose tokens are kept; beyond it those go whose last token came first.
@@ -38,18 +36,10 @@ class TokenTable:
     sqlite3.Error when the file cannot be read or written: then nothing has changed."""
 
     def __init__(self, path: Path, quarantine: Path) -> None:
-        self._path = path
         self._lock = threading.Lock()
         # Of runs that were asked for lately, what is in the file. Changed with the lock, and read without.
         self._digests: dict[str, list[bytes]] = {}
-        try:
-            self._database = self._opened()
-        except sqlite3.DatabaseError as error:
-            # Its subclasses say other things than damage: a full disk, a failing one.
-            if type(error) is not sqlite3.DatabaseError:
-                raise
-            set_aside_database(path, quarantine, str(error))
-            self._database = self._opened()
+        self._database = opened(path, quarantine, _SCHEMA)
 
     def note(self, run_id: str, token: str) -> None:
         """The token is good for the run from now on, as the newest. ValueError for what is no run id."""
@@ -110,21 +100,6 @@ class TokenTable:
                 self._digests.clear()
             self._digests[run_id] = found
         return found
-
-    def _opened(self) -> sqlite3.Connection:
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        database = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            database.executescript(_SCHEMA)
-            found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise sqlite3.DatabaseError(found)
-        except BaseException:
-            database.close()
-            raise
-        return database
 
 
 def _digest(token: str) -> bytes:
