@@ -43,28 +43,29 @@ if TYPE_CHECKING:
     from trackagent.agent.store.contract import Batch
 
 RANKS_A_NODE, METRICS = 8, 20
-SIZES, QUICK_SIZES = (64, 512, 4096), (64, 512)
+# Ranks, and for how long their agents gather, as they are set up (forward_interval_s).
+SIZES = ((64, 1.0), (512, 1.0), (4096, 1.0), (4096, 10.0))
+QUICK_SIZES = SIZES[:2]
 STEPS, QUICK_STEPS = 30, 10
 # Of the first steps nothing is said: connections are made then.
 WARM_UP_STEPS = 20
 THREADS = 64
 # How long a record is on its way from a rank into its agent's spool: a sender's interval, and a commit.
 LOCAL_S = 0.2
-FORWARD_INTERVAL_S = 1.0  # as agents are set up
 LOOK_S = 0.25
 _CLONE_NEWNET = 0x40000000  # sched.h
 BUDGET_S, BUDGET_MIB = 3.0, 1024.0
-PROMISED = 4096
+PROMISED = 4096, 1.0
 KEYS = tuple(f"train/metric_{number}" for number in range(METRICS))
 
 
 def measure(quick: bool) -> Iterator[Figure]:
-    """For each number of ranks: METRICS metrics and one step a second, reduced on the nodes."""
+    """For each of SIZES: METRICS metrics and one step a second, reduced on the nodes."""
     steps = QUICK_STEPS if quick else STEPS
     sizes = QUICK_SIZES if quick else SIZES
-    _enter_network(max(sizes) // RANKS_A_NODE)
-    for ranks in sizes:
-        yield from _measure(ranks, steps + WARM_UP_STEPS)
+    _enter_network(max(sizes)[0] // RANKS_A_NODE)
+    for ranks, interval_s in sizes:
+        yield from _measure(ranks, interval_s, steps + WARM_UP_STEPS)
 
 
 def _enter_network(nodes: int) -> None:
@@ -85,11 +86,11 @@ def _address(number: int) -> str:
     return f"10.88.{number // 250}.{number % 250 + 1}"
 
 
-def _measure(ranks: int, steps: int) -> Iterator[Figure]:
+def _measure(ranks: int, interval_s: float, steps: int) -> Iterator[Figure]:
     with node(agent=True, collect="none", hub=True) as here:
         assert here.agent is not None
         run_id = uuid4().hex
-        worker = start_worker("scale", here, [here.token_path, ranks, steps, run_id])
+        worker = start_worker("scale", here, [here.token_path, ranks, interval_s, steps, run_id])
         assert worker.stdout
         first_s = float(worker.stdout.readline())
         before, wire_before = here.agent.cpu_times(), _bytes_sent()
@@ -97,10 +98,11 @@ def _measure(ranks: int, steps: int) -> Iterator[Figure]:
         taken, after = time.time() - first_s, here.agent.cpu_times()
         sent = outcome(worker)
         on_the_wire = _bytes_sent() - wire_before
-    promised = ranks == PROMISED
+    promised = (ranks, interval_s) == PROMISED
     cpu_s = after.user + after.system - before.user - before.system
     counted = np.array(delays[WARM_UP_STEPS:])
-    told = f"{ranks:,} ranks on {ranks // RANKS_A_NODE} nodes: "
+    gathers = "" if interval_s == 1 else f", {interval_s:g} s between calls"
+    told = f"{ranks:,} ranks on {ranks // RANKS_A_NODE} nodes{gathers}: "
     note = f"{len(counted)} steps, of which all ranks are counted; the slowest took {counted.max():.2f} s"
     yield Figure(name=f"{told}delay, median", value=float(np.median(counted)), unit="s", note=note)
     yield Figure(
@@ -229,7 +231,9 @@ class Fleet:
             yield self._reducer.reduced(batch)
 
 
-def _worker(token: Path, port: int, ranks: int, steps: int, run_id: str) -> dict[str, float]:
+def _worker(
+    token: Path, port: int, ranks: int, interval_s: float, steps: int, run_id: str
+) -> dict[str, float]:
     """Sends each step in its second; prints when the first one is, seconds since 1970."""
     fleet = Fleet(token, port, ranks, run_id)
     began, trial = time.perf_counter(), 50
@@ -256,7 +260,7 @@ def _worker(token: Path, port: int, ranks: int, steps: int, run_id: str) -> dict
                 fleet.sinks[number].deliver(batch)
                 taken.append(time.time() - began)
             if now < steps:
-                gather_s = max(FORWARD_INTERVAL_S, fleet.sinks[number].gather_s)
+                gather_s = max(interval_s, fleet.sinks[number].gather_s)
                 heapq.heappush(due, (began + gather_s, number, now))
 
     with ThreadPoolExecutor(THREADS) as senders:
@@ -288,12 +292,12 @@ def _together(batches: Sequence[Batch]) -> Batch | None:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    token, ranks, steps, run_id = arguments
+    token, ranks, interval_s, steps, run_id = arguments
     # The nodes' threads wait; what is slow here must not be taken for the hub's slowness.
     psutil.Process().nice(5)
     hub = json.loads((Path(os.environ["TRACKAGENT_DIR"]) / "hub.json").read_text())
     port = int(hub["address"].rpartition(":")[2])
-    result = _worker(Path(token), port, int(ranks), int(steps), run_id)
+    result = _worker(Path(token), port, int(ranks), float(interval_s), int(steps), run_id)
     print(json.dumps(result))
 
 
