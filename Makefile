@@ -11,7 +11,7 @@ PIP := -m pip --disable-pip-version-check --no-input install -q -q
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup check test chaos hosts soak fuzz protos demo bench wheel smoke clean
+.PHONY: help setup check test slow chaos hosts soak fuzz protos demo bench wheel smoke clean
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=/path/to/python3] [ARGS=\"for pytest, the demo or the benchmarks\"]"
@@ -40,8 +40,11 @@ check: $(READY) ## lint, formatting, types, generated code
 	@$(BIN)/python protos/generate.py --check
 
 # Four at once also on two cores: many tests wait.
-test: $(READY) ## every test, in random order, warnings are errors
-	@$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
+test: $(READY) ## the tests, in random order, warnings are errors
+	@$(BIN)/python -m pytest -n 4 --dist loadfile -m 'not slow' $(ARGS)
+
+slow: $(READY) ## the tests that take longest: a process killed at each step, trees of agents, torchrun's children
+	@$(BIN)/python -m pytest -n 4 --dist load -m slow $(ARGS)
 
 chaos: $(READY) ## storms of faults for MINUTES=1; SEED=N replays
 	@$(BIN)/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -19,6 +19,8 @@ from tests.chaos.switches import REACHED
 from tests.fakes import DEADLINE_S
 from trackagent.agent.config import STORE_NAME
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = (sys.executable, "-W", "error", "-m", "tests.chaos.dying")
 
 

@@ -18,6 +18,8 @@ from tests.chaos.switches import DEATHS, REACHED, STEP
 from tests.fakes import DEADLINE_S, wait_until
 from trackagent.agent.config import LOCK_NAME
 
+pytestmark = pytest.mark.slow
+
 SEEDS = count(1)
 FRESH = [step for step in AGENT_STEPS if step.fresh]
 

@@ -440,6 +440,7 @@ def test_a_process_that_is_given_its_ranks_run_is_of_its_attempt(
     assert sorted(json.loads(line)["key"] for line in exported) == ["other", "rank"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is in the demo extra")
 @pytest.mark.parametrize("making", ["spawn", "a script"])
 def test_what_ranks_of_torchrun_spawn_has_runs_of_its_own(

@@ -23,6 +23,8 @@ from tests.fakes import (
     wait_until,
 )
 
+pytestmark = pytest.mark.slow
+
 RUN_ID = "4" * 32
 QUICK = ("--deliver-interval-s", "0.02", "--forward-interval-s", "0.02")
 TRAIN = """

@@ -135,6 +135,7 @@ def no_json(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON")
 
 
+@pytest.mark.slow
 def test_what_ranks_send_takes_memory_in_proportion_to_its_bytes_and_keeps_none(node: Node) -> None:
     """Keys, which are remembered, included: however many a rank makes up."""
     tracemalloc.start()
