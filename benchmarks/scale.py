@@ -52,7 +52,7 @@ WARM_UP_STEPS = 20
 THREADS = 64
 # How long a record is on its way from a rank into its agent's spool: a sender's interval, and a commit.
 LOCAL_S = 0.2
-LOOK_S = 0.25
+LOOK_S = 0.1
 _CLONE_NEWNET = 0x40000000  # sched.h
 BUDGET_S, BUDGET_MIB = 3.0, 1024.0
 PROMISED = 4096, 1.0
