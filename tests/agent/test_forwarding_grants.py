@@ -19,7 +19,7 @@ from trackagent.agent.deadletters import DeadLetters, found, mark
 from trackagent.agent.forwarding import Forwarding
 from trackagent.agent.routes import Routes
 from trackagent.agent.spool import Spool
-from trackagent.agent.store.contract import ProducerInfo
+from trackagent.agent.store.contract import Batch, ProducerInfo
 from trackagent.client.hub import Hub
 
 KNOWN, UNKNOWN = "a" * 32, "b" * 32
@@ -140,6 +140,38 @@ def test_a_run_that_its_hub_does_not_know_is_set_aside_after_a_while(
         mark(letter)
     wait_until(lambda: found(node.letters) == [])
     assert steps(UNKNOWN) == every
+
+
+def test_a_run_that_its_hub_has_forgotten_keeps_no_other_from_hearing_of_a_loss(
+    open_spool: OpenSpool, tmp_path: Path
+) -> None:
+    base = short_folder()
+    hub = RunningHub(base)
+    for run_id, token in TOKENS.items():
+        hub.server.tokens.note(run_id, token)
+    node = Node(open_spool(), tmp_path, hub)
+    for rank, run_id in enumerate(TOKENS):
+        node.log(node.open(run_id, rank), 0)
+    wait_until(lambda: sum(len(batch.points) for batch in said(hub)) == 2)
+    node.close()
+    hub.close()
+    hub.config.tokens_path.unlink()
+    hub = RunningHub(base)
+    hub.server.tokens.note(KNOWN, TOKENS[KNOWN])
+    node = Node(node.spool, tmp_path, hub)
+    node.log(node.open(KNOWN, 2), 1)
+    wait_until(node.is_refused)
+    node.now = 3600.0
+    wait_until(lambda: [len(batch.points) for batch in said(hub)] == [0, 1])
+    (event,) = said(hub)[0].events
+    assert "does not have any more what it had accepted" in event.message
+    node.close()
+    hub.close()
+
+
+def said(hub: RunningHub) -> list[Batch]:
+    """What a hub was sent, in that order."""
+    return [wire.decode(part.content, id_) for id_, (_, part) in hub.spool.parts.copy().items()]
 
 
 def test_a_newer_run_that_a_hub_does_not_know_keeps_nobody_from_asking_it(

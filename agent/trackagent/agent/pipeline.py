@@ -15,7 +15,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeVar
@@ -26,7 +26,7 @@ from trackagent.agent.decode import Keys, decode
 from trackagent.agent.errors import AgentError
 from trackagent.agent.reducing import Reducer
 from trackagent.agent.sinks.contract import Away, Gathers, Remembers, Sink, says_something
-from trackagent.agent.spool import AGENT_LANE, Delivery, Spool, SpooledBatch, UnknownSink
+from trackagent.agent.spool import AGENT_LANE, Delivered, Delivery, Spool, SpooledBatch, UnknownSink
 from trackagent.agent.store.contract import (
     Batch,
     BatchId,
@@ -218,27 +218,20 @@ class Pipeline(threading.Thread):
         if not missing:
             return
         until = max(one.last for one in missing)
-        message = (
+        what = (
             f"sink {self._sink.name} does not have any more what it had accepted (batches {last + 1} to "
-            f"{until}): records of this run are missing, some or all of those until now"
+            f"{until})"
         )
-        now = time.time_ns()
-        infos = [one.info for one in missing]
-        # Samples that are gone are counted; the runs hear of it by what they logged themselves.
-        told = [one for one in missing if not one.info.sampled]
-        notice = Batch(
-            BatchId(_origin_of_notice(origin, last, until), 1, 1),
-            infos,
-            events=[EventData(one.info.producer_id, now, "error", message) for one in told],
-            losses=[Loss(info.producer_id, GONE, 1, more=True) for info in infos],
-            ends=[
-                ProducerEnd(one.info.producer_id, now, "killed", _END_GONE, -1)
-                for one in told
-                if one.has_ended
-            ],
-        )
-        self._sink.deliver(notice)
-        logger.error("%s; %d producers are concerned", message, len(infos))
+        logger.error("%s; %d producers are concerned", what, len(missing))
+        runs: dict[str, list[Delivered]] = {}
+        for one in missing:
+            runs.setdefault(one.info.run_id, []).append(one)
+        for run_id, ones in runs.items():
+            notice = _notice(_origin_of_notice(origin, last, until, run_id), what, ones)
+            try:
+                self._sink.deliver(notice)
+            except Rejected as error:  # it is in the log, and the other runs are not to wait
+                logger.error("the run %s cannot be told what is missing of it: %s", run_id, error)
 
     def _patience_s(self) -> float:
         return 0.0 if self._stopping.is_set() else min(SHARING_S, self._interval_s)
@@ -446,7 +439,27 @@ class Pipeline(threading.Thread):
             time.sleep(max(0.0, min(seconds, left, MAX_BACKOFF_STOPPING_S)))
 
 
-def _origin_of_notice(origin: str, last: int, until: int) -> str:
-    """The same for the same loss: 32 hexadecimal digits that are no spool's name."""
-    named = f"trackagent gone {origin} {last} {until}".encode()
+def _notice(origin: str, what: str, missing: Sequence[Delivered]) -> Batch:
+    """Tells a run what is missing of it. Samples that are gone are counted; the runs hear of it by what they
+    logged themselves."""
+    now = time.time_ns()
+    message = f"{what}: records of this run are missing, some or all of those until now"
+    infos = [one.info for one in missing]
+    told = [one for one in missing if not one.info.sampled]
+    return Batch(
+        BatchId(origin, 1, 1),
+        infos,
+        events=[EventData(one.info.producer_id, now, "error", message) for one in told],
+        losses=[Loss(info.producer_id, GONE, 1, more=True) for info in infos],
+        ends=[
+            ProducerEnd(one.info.producer_id, now, "killed", _END_GONE, -1)
+            for one in told
+            if one.has_ended
+        ],
+    )
+
+
+def _origin_of_notice(origin: str, last: int, until: int, run_id: str) -> str:
+    """The same for the same loss of a run: 32 hexadecimal digits that are no spool's name."""
+    named = f"trackagent gone {origin} {last} {until} {run_id}".encode()
     return hashlib.blake2b(named, digest_size=16).hexdigest()
