@@ -265,3 +265,10 @@ def test_a_job_given_up_in_its_turn_is_carried_out(make: Make, connection: Conne
     given_up = future.cancel()
     connection.released.set()
     assert (given_up, future.result(DEADLINE_S)) == (False, 1)
+
+
+def test_a_job_that_comes_after_the_end_fails_at_once(make: Make, connection: Connection) -> None:
+    group = make()
+    group.close()
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        group.submit(keeping(connection, 1)).result(DEADLINE_S)

@@ -84,10 +84,13 @@ class GroupCommit:
     ) -> Future[T]:
         """Queues `work`. size: bytes it writes, to keep transactions small. patience_s: how long it may wait
         for others to share its commit; one of them with less patience takes it along. last: it comes
-        behind all others of its transaction, and sees what they did."""
+        behind all others of its transaction, and sees what they did. After `close` it fails."""
         future: Future[T] = Future()
         due = time.monotonic() + patience_s
         with self._changed:
+            if self._closing:
+                future.set_exception(sqlite3.ProgrammingError("it is closed"))
+                return future
             self._jobs.append(_Job(work, size, last, future))
             self._bytes += size
             if due < self._due:
