@@ -27,10 +27,10 @@ from uuid import uuid4
 
 from trackagent.agent import notices
 from trackagent.agent.commits import GroupCommit
+from trackagent.agent.schemas import schemas_in
 from trackagent.agent.spoolfile import SpoolError, SpoolFile, is_damage
 from trackagent.agent.spooltables import AGENT_LANE, FORWARDED_LANE, SinkState, Tables
 from trackagent.agent.store.contract import BatchId, ProducerInfo, node_run_id
-from trackagent.client import record
 
 __all__ = [
     "AGENT_LANE",
@@ -200,7 +200,7 @@ class Spool:
         there. What lies before was acknowledged and is not here, and whether it was delivered is not known:
         it says so in the run. schemas: records among which are the SCHEMA records of what comes.
         """
-        known = [schema for data in schemas for schema in _schemas_in(data)]
+        known = [schema for data in schemas for schema in schemas_in(data)]
 
         def job() -> tuple[dict[int, int], int]:
             tables = self._tables
@@ -239,7 +239,7 @@ class Spool:
 
         Fails with SpoolFull, UnknownProducer or OutOfOrder.
         """
-        schemas = _schemas_in(journal_bytes)
+        schemas = schemas_in(journal_bytes)
         return self._spooling(
             lambda: self._append(producer_id, lane, first_offset, journal_bytes, schemas),
             size=len(journal_bytes),
@@ -248,7 +248,7 @@ class Spool:
 
     def append_own(self, producer_id: bytes, encoded: bytes) -> Future[int]:
         """Commits a record of the agent's own about a producer, after those of before."""
-        schemas = _schemas_in(encoded)
+        schemas = schemas_in(encoded)
         return self._spooling(
             lambda: self._append(producer_id, AGENT_LANE, None, encoded, schemas),
             size=len(encoded),
@@ -258,7 +258,7 @@ class Spool:
         """Commits whole records after those of before, as a lane of the producer; they may wait for others to
         share their commit. For what the agent itself samples: who brings a producer's bytes from elsewhere
         says where they begin."""
-        schemas = _schemas_in(encoded)
+        schemas = schemas_in(encoded)
         return self._spooling(
             lambda: self._append(producer_id, 0, None, encoded, schemas),
             size=len(encoded),
@@ -762,34 +762,3 @@ class Spool:
 
 
 _ELSEWHERE = "acknowledged, but not in this spool: it was damaged, or another agent took them"
-
-
-def _schemas_in(journal_bytes: bytes) -> list[tuple[int, str]]:
-    """Schema ids and keys of the valid SCHEMA records in a batch."""
-    found = []
-    for offset in _schema_offsets(journal_bytes):
-        try:
-            schema = record.decode(journal_bytes, offset)
-        except ValueError:
-            continue
-        found.append((schema.schema_id, "\n".join(schema.keys)))
-    return found
-
-
-def _schema_offsets(data: bytes) -> list[int]:
-    """Where valid SCHEMA records start. Looks at lengths only, for speed, and at every checksum only when
-    the lengths do not lead to the end."""
-    words = memoryview(data[: len(data) & ~7]).cast("Q")
-    schema = record.Kind.SCHEMA
-    found = []
-    at = 0
-    while at < len(words) - 1:
-        length = words[at] & 0xFFFFFFFF
-        if words[at + 1] & 0xFF == schema:
-            found.append(8 * at)
-        if length < record.HEAD_BYTES:
-            break
-        at += (length + 7) >> 3
-    if 8 * at != len(data):
-        found = [at for at in record.scan(data).offsets if data[at + 8] == schema]
-    return [at for at in found if record.is_valid(data, at)]
